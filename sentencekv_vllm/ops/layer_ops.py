@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three calls a worker makes per layer, and their plain PyTorch definition."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..types import Geometry, LayerPools, SparseBatch
+from .index_pages import index_pages
+from .index_sentences import index_sentences
+from .resolve_residency import resolve_residency
+from .score_sentences import score_sentences
+from .select_blocks import select_blocks
+from .swap_blocks import swap_in
+
+
+@dataclass(frozen=True)
+class DecodeOutputs:
+    """Caller-owned buffers that `decode_layer` writes or adds to."""
+
+    head_tables: Tensor  # [S, H, W] int32: columns [lo, lo + budget) of each row are written
+    hits: Tensor  # [S] int64, added to: head-blocks found resident
+    misses: Tensor  # [S] int64, added to: head-blocks copied from the swap pool
+    coverage: Tensor  # [S] float32, added to: mean over KV heads of Selection.coverage
+    stage_ns: Tensor  # [4] int64, added to: score, select, resolve, swap
+
+
+class LayerOps(Protocol):
+    """What an implementation (reference, C++, Triton, CUDA) offers."""
+
+    name: str
+
+    def index_pages(
+        self,
+        pools: LayerPools,
+        block_ids: Tensor,
+        page_ids: Tensor,
+        key_offset: Tensor,
+        rotation: Tensor,
+    ) -> None:
+        """See `ops.index_pages.index_pages`."""
+
+    def index_sentences(
+        self,
+        pools: LayerPools,
+        rows: Tensor,
+        spans: Tensor,
+        span_blocks: Tensor,
+        key_offset: Tensor,
+    ) -> None:
+        """See `ops.index_sentences.index_sentences`."""
+
+    def decode_layer(
+        self,
+        geometry: Geometry,
+        pools: LayerPools,
+        batch: SparseBatch,
+        query: Tensor,
+        rotation: Tensor,
+        out: DecodeOutputs,
+    ) -> None:
+        """Score, select, resolve and swap in for every request and KV head of a layer.
+
+        After it, `head_tables[s, h, lo + k]` is the head-block id `slot * H + h` of the k-th
+        selected block, ascending, and the cache holds its content.
+
+        Args:
+            query: [S, H * G, D] contiguous, the query that ranks (bf16, fp16 or fp32).
+        """
+
+
+class ReferenceOps:
+    """Stage after stage in plain PyTorch: the definition, and the fallback."""
+
+    name = "reference"
+
+    def __init__(self) -> None:
+        self.index_pages = index_pages
+        self.index_sentences = index_sentences
+
+    def decode_layer(
+        self,
+        geometry: Geometry,
+        pools: LayerPools,
+        batch: SparseBatch,
+        query: Tensor,
+        rotation: Tensor,
+        out: DecodeOutputs,
+    ) -> None:
+        clock = [time.perf_counter_ns()]
+        scores, mass = score_sentences(geometry, pools, batch, query, rotation)
+        clock.append(time.perf_counter_ns())
+        selection = select_blocks(geometry, pools, batch, scores, mass)
+        clock.append(time.perf_counter_ns())
+        residency = resolve_residency(pools, batch, selection)
+        clock.append(time.perf_counter_ns())
+        swap_in(pools, residency.misses)
+        heads = geometry.num_kv_heads
+        for s in range(len(batch.budget_blocks)):
+            lo, budget = int(batch.history_lo[s]), int(batch.budget_blocks[s])
+            slots = residency.slots[s, :, :budget]
+            out.head_tables[s, :, lo : lo + budget] = slots * heads + torch.arange(
+                heads, dtype=torch.int32
+            ).unsqueeze(1)
+            private = batch.private_blocks[s]
+            missed = int(torch.isin(residency.misses[:, 2], private).sum())
+            out.misses[s] += missed
+            out.hits[s] += budget * heads - missed
+        out.coverage += selection.coverage.mean(1)
+        clock.append(time.perf_counter_ns())
+        out.stage_ns += torch.tensor(
+            [b - a for a, b in zip(clock, clock[1:], strict=False)], dtype=torch.int64
+        )

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen records that pass between the stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from torch import Tensor
+
+
+class IndexKind(IntEnum):
+    """What a sentence is scored by."""
+
+    TOKEN_BITS = 0  # best token: sign bits of the rotated key times the quantised query
+    CENTROID = 1  # inner product with the mean key of the sentence
+    RANDOM = 2  # seeded hash; the floor every method must beat
+
+
+class Reduce(IntEnum):
+    """How the scores of a GQA group become one score per KV head."""
+
+    SOFTMAX_MEAN = 0  # log of the group's mean probability
+    MAX = 1  # largest logit
+    MEAN = 2  # mean logit, which for centroids is the mean query's
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shapes of one worker's share of the model and of a page."""
+
+    num_layers: int
+    num_kv_heads: int
+    group_size: int  # query heads per KV head
+    head_dim: int
+    block_size: int  # tokens
+    rows_per_page: int  # sentence rows (centroid, retention flag) that come with a page
+    scale: float  # softmax scale of the attention
+
+    @property
+    def num_query_heads(self) -> int:
+        return self.num_kv_heads * self.group_size
+
+    @property
+    def head_block_numel(self) -> int:
+        """Elements of one head-block: K and V of `block_size` tokens for one KV head."""
+        return 2 * self.block_size * self.head_dim
+
+
+@dataclass(frozen=True)
+class LayerPools:
+    """The memory of one layer. All tensors are views that outlive every request.
+
+    P pages, B vLLM blocks, H KV heads, N tokens a block, D head_dim, M rows a page.
+    """
+
+    cache: Tensor  # [B, H, N, 2D] vLLM's KV cache of this layer, head-major
+    host: Tensor  # [P, H, N, 2D] swap pool; a page is a byte copy of a block
+    bits: Tensor  # [P, H, D / 8, N] uint8: bit j of byte (i, t) is the sign of channel 8i + j
+    scales: Tensor  # [P, H, N] bfloat16
+    centroids: Tensor  # [P * M, H, D] bfloat16, one row per sentence
+    kept: Tensor  # [P * M, H] uint8: the sentence was selected at the step before
+    page_slot: Tensor  # [P, H] int32: block that holds the page's head-block, or -1
+    slot_page: Tensor  # [B, H] int32: page held by the block's head-block, or -1
+    slot_stamp: Tensor  # [B, H] int32: step at which the slot was last selected
+
+
+@dataclass(frozen=True)
+class SparseBatch:
+    """The sparse decode rows of one step, the same for every layer.
+
+    S requests; block j of request s holds tokens [j * N, (j + 1) * N). The history is
+    blocks [history_lo, history_hi); sinks lie before it, the recent window after it.
+    Sentence i spans tokens [sentence_ends[i - 1], sentence_ends[i]), from 0 for i = 0.
+    """
+
+    pages: Tensor  # [S, max_pages] int32: page of block j, for j < num_pages
+    num_pages: Tensor  # [S] int32: blocks copied out and indexed, history_hi <= num_pages
+    row_pages: Tensor  # [S, max_row_pages] int32: row of sentence i = row_pages[i // M] * M + i % M
+    sentence_ends: Tensor  # [S, max_sentences] int32
+    num_sentences: Tensor  # [S] int32: sentences whose index entries exist
+    history_lo: Tensor  # [S] int32
+    history_hi: Tensor  # [S] int32
+    budget_blocks: Tensor  # [S] int32: head-blocks to select, <= history_hi - history_lo
+    private_blocks: Tensor  # [S, R] int32: the working set of each request
+    index_kind: Tensor  # [S] int32, IndexKind
+    reduce: Tensor  # [S] int32, Reduce
+    retention: Tensor  # [S] float32: bonus for sentences selected at the step before
+    seed: Tensor  # [S] int32: for IndexKind.RANDOM
+    step: int  # increases by one per step; the LRU stamp
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which history blocks each KV head attends to."""
+
+    blocks: Tensor  # [S, H, K] int32, ascending; -1 beyond budget_blocks
+    coverage: Tensor  # [S, H] float32: estimated share of the attention mass, NaN if unknown
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Where the selected head-blocks are, and what must be copied first."""
+
+    slots: Tensor  # [S, H, K] int32: block id holding the selected head-block, or -1
+    misses: Tensor  # [n, 3] int32 rows (page, KV head, block): copy before attending
