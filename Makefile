@@ -4,9 +4,9 @@ PYTHON ?= python3
 EXTRAS ?= cpu,test
 VENV := .venv
 BIN := $(VENV)/bin
-# Older than pyproject.toml, or missing: install again.
-INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 comma := ,
+# Missing, or older than pyproject.toml: install again.
+INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .PHONY: install test lint demo bench
 
