@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What crosses from the scheduler to the workers, and back, in one engine step.
+
+The worker performs a `StepMessage` before anything of that step writes the KV cache, in
+this order: `dropped`, `updates` (copy-outs included), then the forward with `sparse`. So a
+block may be freed in the same `schedule()` that orders its copy, without acknowledgement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Int32s = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How one request is decoded once it is sparse."""
+
+    index_kind: int  # types.IndexKind
+    reduce: int  # types.Reduce
+    retention: float
+    running_mean_query: bool  # rank by the mean query of the open sentence
+    budget_blocks: int  # head-blocks of history selected per KV head and step
+    seed: int
+
+
+@dataclass(frozen=True)
+class RequestUpdate:
+    """New facts about one tracked request."""
+
+    slot: int  # row of the worker's tables, the request's own while it is tracked
+    options: DecodeOptions | None  # with the first update
+    block_ids: list[int]  # blocks to copy out, continuing where the last update ended
+    page_ids: list[int]  # their host pages
+    row_pages: list[int]  # pages whose sentence rows the request may use from now on
+    sentence_ends: Int32s  # ends of newly sealed sentences, exclusive
+    private_blocks: list[int] | None  # the working set, when it has been drawn
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """The sparse decode rows of a step, column by column."""
+
+    slots: Int32s  # [S]
+    tail_blocks: Int32s  # [S] block that the row's token is written to: its only owner
+    history_lo: Int32s  # [S]
+    history_hi: Int32s  # [S]
+    starts_sentence: npt.NDArray[np.bool_]  # [S] the token opens a sentence
+    request_ids: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StepMessage:
+    """Scheduler to worker."""
+
+    step: int
+    dropped: list[int] = field(default_factory=list)  # slots
+    updates: list[RequestUpdate] = field(default_factory=list)
+    sparse: SparseRows | None = None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Worker to scheduler: head-blocks selected in a step, by slot."""
+
+    slots: Int32s  # [S]
+    hits: npt.NDArray[np.int64]  # [S] found resident, over layers and KV heads
+    misses: npt.NDArray[np.int64]  # [S] swapped in
+    coverage: npt.NDArray[np.float32]  # [S] mean estimated attention mass selected

@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who owns which host pages, and when a request turns sparse.
+
+The ledger decides in the scheduler's step: which full blocks are copied out, when a
+request's history leaves the GPU, how far it reaches. It knows no vLLM; the KV cache manager
+asks it, and the connector ships what it decided (`take_message`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..messages import Int32s, RequestUpdate, SparseRows, StepMessage, StepReport
+from .page_pool import PagePool
+from .reasons import Reason
+from .request_state import Memory, RequestState, Unsent
+
+
+class Block(Protocol):
+    """A vLLM KV cache block."""
+
+    block_id: int
+    ref_cnt: int
+
+
+class Segmentation(Protocol):
+    """The part of `segmentation.service.SegmentationService` that is used here."""
+
+    def submit(self, request_id: str, token_ids: Int32s) -> None: ...
+
+    def poll(self, request_id: str) -> Int32s | None: ...
+
+    def drop(self, request_id: str) -> None: ...
+
+    def split_tail(self, token_ids: Int32s, final: bool = False) -> Int32s: ...
+
+    def is_boundary(self, token_id: int) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The sizes that the ledger's decisions depend on, in blocks unless named otherwise."""
+
+    block_size: int  # tokens
+    sink_blocks: int
+    recent_tokens: int
+    working_set_blocks: int
+    rows_per_page: int
+    min_context_tokens: int
+    copy_blocks_per_step: int
+    num_slots: int
+    stay_dense_when_covered: bool
+    wait_for_pages: bool
+
+
+class Ledger:
+    """The scheduler side's books."""
+
+    def __init__(self, limits: Limits, pages: PagePool, segmentation: Segmentation) -> None:
+        self.limits = limits
+        self.pages = pages
+        self.segmentation = segmentation
+        self.states: dict[str, RequestState] = {}
+        self.finished: Counter[Reason] = Counter()
+        self._slots = PagePool(limits.num_slots)
+        self._slot_owner: dict[int, RequestState] = {}
+        self._dropped: list[int] = []
+        self._copy_quota = limits.copy_blocks_per_step
+        self._step = 0
+
+    # Lifecycle ------------------------------------------------------------------------
+
+    def add(self, state: RequestState) -> None:
+        self.states[state.request_id] = state
+
+    def release(self, request_id: str) -> None:
+        """Give back everything the request holds: at finish, abort and preemption."""
+        state = self.states.get(request_id)
+        if state is None:
+            return
+        memory = state.memory
+        self.pages.give(memory.row_pages + memory.reserved)
+        if memory.slot >= 0:
+            self._slots.give([memory.slot])
+            del self._slot_owner[memory.slot]
+            self._dropped.append(memory.slot)
+        state.memory, state.unsent = Memory(), Unsent()
+        if state.request.is_finished():
+            self.forget(request_id)
+
+    def forget(self, request_id: str) -> None:
+        """The request has ended and holds nothing."""
+        state = self.states.pop(request_id, None)
+        if state is not None:
+            assert state.memory.slot < 0, "release comes first"
+            self.segmentation.drop(request_id)
+            self.finished[state.mode] += 1
+
+    # Decisions within one schedule() ----------------------------------------------------
+
+    def new_step(self) -> None:
+        self._copy_quota = self.limits.copy_blocks_per_step
+
+    def advance(
+        self, request_id: str, processed: int, blocks: Sequence[Block], num_free_blocks: int
+    ) -> tuple[int, int] | None:
+        """Copy out what is complete; turn sparse, or move the history's end.
+
+        Args:
+            processed: tokens of the request whose KV is final.
+            blocks: the request's blocks, in order.
+            num_free_blocks: of vLLM's pool.
+
+        Returns:
+            Range of the request's blocks to free now, or None.
+        """
+        state = self.states.get(request_id)
+        if state is None or state.options is None or state.request.is_finished():
+            return None
+        if max(state.request.num_prompt_tokens, processed) < self.limits.min_context_tokens:
+            return None
+        if not self._segmented(state):
+            state.reason = Reason.SEGMENTING
+            return None
+        self._copy_out(state, processed, blocks)
+        if state.memory.sparse:
+            return self._extend(state, processed)
+        return self._turn_sparse(state, processed, blocks, num_free_blocks)
+
+    def missing_private_blocks(self, request_id: str) -> int:
+        """Blocks to draw for the working set of a request that has just turned sparse."""
+        state = self.states.get(request_id)
+        if state is None or not state.memory.sparse or state.memory.private:
+            return 0
+        return self._working_set(state)
+
+    def set_private_blocks(self, request_id: str, block_ids: list[int]) -> None:
+        state = self.states[request_id]
+        state.memory.private = block_ids
+        state.unsent.private = True
+
+    def exact_tokens(self, request_id: str, num_tokens: int) -> int:
+        """How many of `num_tokens` may enter the prefix cache: approximate KV never does."""
+        state = self.states.get(request_id)
+        if state is None or state.memory.exact_tokens is None:
+            return num_tokens
+        return min(num_tokens, state.memory.exact_tokens)
+
+    def must_wait(self, request_id: str) -> bool:
+        """At admission, with `on_pool_full: wait`: the host pages are not there yet."""
+        needed = self._pages_at_admission(request_id)
+        return self.pages.num_free < needed <= self.pages.num_pages
+
+    def reserve(self, request_id: str) -> None:
+        """At the first allocation: hold the prompt's pages, so that copy-out cannot fail."""
+        needed = self._pages_at_admission(request_id)
+        if 0 < needed <= self.pages.num_free:
+            taken = self.pages.take(needed)
+            assert taken is not None
+            self.states[request_id].memory.reserved = taken
+
+    # Messages ---------------------------------------------------------------------------
+
+    def take_message(
+        self, scheduled: Mapping[str, int], block_id: Callable[[str, int], int]
+    ) -> StepMessage:
+        """Everything decided since the last message.
+
+        Args:
+            scheduled: computed tokens of each request of this step, before the step.
+            block_id: id of a request's j-th block.
+        """
+        self._step += 1
+        dropped, self._dropped = self._dropped, []
+        updates = [self._update(s) for s in self._slot_owner.values() if self._has_news(s)]
+        rows = [
+            (state, computed)
+            for request_id, computed in scheduled.items()
+            if (state := self.states.get(request_id)) is not None and state.memory.sparse
+        ]
+        sparse = self._sparse_rows(rows, block_id) if rows else None
+        return StepMessage(self._step, dropped, updates, sparse)
+
+    def report(self, report: StepReport) -> None:
+        """Book what the workers found in a step."""
+        columns = (report.slots, report.hits, report.misses, report.coverage)
+        for slot, hits, misses, coverage in zip(*(c.tolist() for c in columns), strict=True):
+            state = self._slot_owner.get(slot)
+            if state is not None:
+                state.hits += hits
+                state.misses += misses
+                state.coverage_sum += coverage
+                state.reports += 1
+
+    def gauges(self) -> dict[str, int]:
+        """Levels for the metrics."""
+        sparse = [s for s in self._slot_owner.values() if s.memory.sparse]
+        return {
+            "host_pages_used": self.pages.num_used,
+            "host_pages_total": self.pages.num_pages,
+            "sparse_requests": len(sparse),
+            "resident_blocks": sum(len(s.memory.private) for s in sparse),
+        }
+
+    # Internals --------------------------------------------------------------------------
+
+    def _segmented(self, state: RequestState) -> bool:
+        if state.segmentation == "none":
+            prompt = state.tokens(0, state.request.num_prompt_tokens)
+            self.segmentation.submit(state.request_id, prompt)
+            state.segmentation = "submitted"
+        if state.segmentation == "submitted":
+            ends = self.segmentation.poll(state.request_id)
+            if ends is None:
+                return False
+            state.ends, state.segmentation = ends, "done"
+        return True
+
+    def _copy_out(self, state: RequestState, processed: int, blocks: Sequence[Block]) -> None:
+        n, memory = self.limits.block_size, state.memory
+        first = len(memory.pages)
+        count = min(processed // n - first, self._copy_quota)
+        if count <= 0:
+            return
+        if processed > state.sealed_tokens:  # generated tokens
+            sealed = state.sealed_tokens
+            tail = self.segmentation.split_tail(state.tokens(sealed, processed), final=False)
+            state.ends = np.concatenate((state.ends, tail + np.int32(sealed)))
+        m = self.limits.rows_per_page
+        rows_short = (
+            state.sentences_within((first + count) * n) - (len(memory.row_pages) + count) * m
+        )
+        extra = max(0, -(-rows_short // m))
+        taken = self._take_pages(memory, count + extra)
+        if taken is None or (memory.slot < 0 and not self._track(state)):
+            state.reason = Reason.HOST_POOL_FULL
+            if taken is not None:
+                self.pages.give(taken)
+            return
+        self._copy_quota -= count
+        memory.pages += taken[:count]
+        memory.row_pages += taken
+        state.unsent.block_ids += [b.block_id for b in blocks[first : first + count]]
+
+    def _take_pages(self, memory: Memory, count: int) -> list[int] | None:
+        taken = self.pages.take(max(0, count - len(memory.reserved)))
+        if taken is None:
+            return None
+        held = memory.reserved[:count]
+        del memory.reserved[:count]
+        return held + taken
+
+    def _track(self, state: RequestState) -> bool:
+        slot = self._slots.take(1)
+        if slot is None:
+            return False
+        state.memory.slot = slot[0]
+        self._slot_owner[slot[0]] = state
+        return True
+
+    def _history_end(self, state: RequestState, processed: int) -> int:
+        """First block after the history: full, copied, indexed, outside the recent window."""
+        n, memory = self.limits.block_size, state.memory
+        indexed = state.sentences_within(len(memory.pages) * n)
+        last_end = int(state.ends[indexed - 1]) if indexed else 0
+        end = min((processed - self.limits.recent_tokens) // n, last_end // n)
+        if state.keeps_all:
+            end = min(end, self.limits.sink_blocks + self.limits.working_set_blocks)
+        return max(end, self.limits.sink_blocks)
+
+    def _working_set(self, state: RequestState) -> int:
+        assert state.options is not None
+        return self.limits.working_set_blocks if state.options.budget_blocks else 0
+
+    def _turn_sparse(
+        self, state: RequestState, processed: int, blocks: Sequence[Block], num_free_blocks: int
+    ) -> tuple[int, int] | None:
+        request, memory, options = state.request, state.memory, state.options
+        assert options is not None
+        # A resumed request prefills its generated tokens, too: the end of the prompt is not
+        # the end of the prefill.
+        if processed < max(request.num_prompt_tokens, request.num_tokens - 1):
+            return None
+        lo, hi = self.limits.sink_blocks, self._history_end(state, processed)
+        working_set = self._working_set(state)
+        if self.limits.stay_dense_when_covered and hi - lo <= max(
+            working_set, options.budget_blocks
+        ):
+            if state.reason is not Reason.HOST_POOL_FULL:
+                state.reason = Reason.BUDGET_COVERS
+            return None
+        if hi == lo or memory.slot < 0:
+            return None
+        exclusive = sum(block.ref_cnt == 1 for block in blocks[lo:hi])
+        if exclusive + num_free_blocks - 1 < working_set:
+            state.reason = Reason.NO_GAIN
+            return None
+        memory.sparse, memory.history_lo, memory.history_hi = True, lo, hi
+        state.blocks_released += exclusive
+        self._note_exactness(state, processed)
+        return lo, hi
+
+    def _extend(self, state: RequestState, processed: int) -> tuple[int, int] | None:
+        memory = state.memory
+        first, memory.history_hi = memory.history_hi, self._history_end(state, processed)
+        assert memory.history_hi >= first, "history never shrinks"
+        self._note_exactness(state, processed)
+        state.blocks_released += memory.history_hi - first
+        return (first, memory.history_hi) if memory.history_hi > first else None
+
+    def _note_exactness(self, state: RequestState, processed: int) -> None:
+        memory, options = state.memory, state.options
+        assert options is not None
+        covered = memory.history_hi - memory.history_lo <= options.budget_blocks
+        if memory.exact_tokens is None and not covered:
+            memory.exact_tokens = processed
+
+    def _pages_at_admission(self, request_id: str) -> int:
+        state = self.states.get(request_id)
+        if not self.limits.wait_for_pages or state is None or state.options is None:
+            return 0
+        prompt = state.request.num_prompt_tokens
+        if prompt < self.limits.min_context_tokens or state.memory.reserved or state.memory.pages:
+            return 0
+        # Until the spans are known, one page a block; sentence rows may take a few more.
+        rows = -(-len(state.ends) // self.limits.rows_per_page)
+        return max(prompt // self.limits.block_size, rows)
+
+    @staticmethod
+    def _has_news(state: RequestState) -> bool:
+        return bool(state.unsent.block_ids) or state.unsent.private
+
+    def _update(self, state: RequestState) -> RequestUpdate:
+        memory, unsent = state.memory, state.unsent
+        update = RequestUpdate(
+            slot=memory.slot,
+            options=state.options if unsent.options else None,
+            block_ids=unsent.block_ids,
+            page_ids=memory.pages[unsent.pages :],
+            row_pages=memory.row_pages[unsent.row_pages :],
+            sentence_ends=state.ends[unsent.sentences :],
+            private_blocks=memory.private if unsent.private else None,
+        )
+        state.unsent = Unsent(
+            options=False,
+            pages=len(memory.pages),
+            row_pages=len(memory.row_pages),
+            sentences=len(state.ends),
+        )
+        return update
+
+    def _sparse_rows(
+        self, rows: list[tuple[RequestState, int]], block_id: Callable[[str, int], int]
+    ) -> SparseRows:
+        n = self.limits.block_size
+
+        def column(values: Any) -> Int32s:
+            return np.fromiter(values, np.int32, len(rows))
+
+        starts = np.fromiter((self._starts_sentence(s, c) for s, c in rows), np.bool_, len(rows))
+        for state, _ in rows:
+            state.sparse_steps += 1
+        return SparseRows(
+            slots=column(s.memory.slot for s, _ in rows),
+            tail_blocks=column(block_id(s.request_id, c // n) for s, c in rows),
+            history_lo=column(s.memory.history_lo for s, _ in rows),
+            history_hi=column(s.memory.history_hi for s, _ in rows),
+            starts_sentence=starts,
+            request_ids=[s.request_id for s, _ in rows],
+        )
+
+    def _starts_sentence(self, state: RequestState, computed: int) -> bool:
+        assert state.options is not None
+        if not state.options.running_mean_query:
+            return False
+        if state.sparse_steps == 0:
+            return True
+        return self.segmentation.is_boundary(int(state.tokens(computed - 1, computed)[0]))

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Allocation of the swap pool and of the index that stays on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..types import Geometry, LayerPools
+
+
+class Pools:
+    """One worker's memory, allocated once and released with this object.
+
+    The index has as many pages as the swap pool, so its size follows from `host_pool_gib` and
+    a request that gets host pages has its index memory, too.
+    """
+
+    def __init__(self, geometry: Geometry, num_pages: int, caches: Sequence[Tensor]) -> None:
+        """Allocate for `num_pages` host pages.
+
+        Args:
+            geometry: this worker's shapes.
+            num_pages: pages of the swap pool, each holding one block of every layer.
+            caches: vLLM's KV cache of each layer, [B, H, N, 2D].
+        """
+        g, device = geometry, caches[0].device
+        layers, pages, heads = g.num_layers, num_pages, g.num_kv_heads
+        blocks, rows = len(caches[0]), num_pages * g.rows_per_page
+        n, d = g.block_size, g.head_dim
+        pinned = device.type == "cuda"
+
+        def on_device(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.empty((layers, *shape), dtype=dtype, device=device)
+
+        self.host = torch.empty(
+            (layers, pages, heads, n, 2 * d), dtype=caches[0].dtype, pin_memory=pinned
+        )
+        self.bits = on_device((pages, heads, d // 8, n), torch.uint8)
+        self.scales = on_device((pages, heads, n), torch.bfloat16)
+        self.centroids = on_device((rows, heads, d), torch.bfloat16)
+        self.kept = on_device((rows, heads), torch.uint8).zero_()
+        self.page_slot = on_device((pages, heads), torch.int32).fill_(-1)
+        self.slot_page = on_device((blocks, heads), torch.int32).fill_(-1)
+        self.slot_stamp = on_device((blocks, heads), torch.int32).fill_(-1)
+        self.layers = [
+            LayerPools(
+                cache=caches[i],
+                host=self.host[i],
+                bits=self.bits[i],
+                scales=self.scales[i],
+                centroids=self.centroids[i],
+                kept=self.kept[i],
+                page_slot=self.page_slot[i],
+                slot_page=self.slot_page[i],
+                slot_stamp=self.slot_stamp[i],
+            )
+            for i in range(layers)
+        ]
+
+    @property
+    def host_bytes(self) -> int:
+        return self.host.nbytes
+
+    @property
+    def index_bytes(self) -> int:
+        return self.bits.nbytes + self.scales.nbytes + self.centroids.nbytes + self.kept.nbytes
+
+    @property
+    def page_bytes(self) -> int:
+        """One block of every layer."""
+        return self.host.nbytes // max(1, self.host.shape[1])
+
+    def empty_slots(self, block_ids: list[int]) -> None:
+        """Forget what the blocks held: they have a new owner."""
+        ids = torch.tensor(block_ids, dtype=torch.int64, device=self.slot_page.device)
+        self.slot_page[:, ids] = -1
+        self.slot_stamp[:, ids] = -1

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running mean of the queries of the sentence being generated (arXiv 2504.00970, Alg. 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import Geometry
+
+
+class QueryMean:
+    """Sums and counts per layer and slot, allocated at the first use of a layer."""
+
+    def __init__(self, geometry: Geometry, num_slots: int) -> None:
+        self._shape = (num_slots, geometry.num_query_heads, geometry.head_dim)
+        self._sums: dict[int, Tensor] = {}
+        self._counts: dict[int, Tensor] = {}
+
+    def add(self, layer: int, slots: Tensor, query: Tensor, starts: Tensor) -> Tensor:
+        """Add this step's queries and return the means.
+
+        Args:
+            layer: index of the layer.
+            slots: [S] int64.
+            query: [S, Hq, D].
+            starts: [S] bool: the token opens a sentence, so the mean starts anew.
+
+        Returns:
+            [S, Hq, D] float32.
+        """
+        if layer not in self._sums:
+            self._sums[layer] = torch.zeros(self._shape, device=query.device)
+            self._counts[layer] = torch.zeros(self._shape[0], device=query.device)
+        going_on = (~starts).float()
+        sums = self._sums[layer][slots] * going_on[:, None, None] + query.float()
+        counts = self._counts[layer][slots] * going_on + 1
+        self._sums[layer][slots] = sums
+        self._counts[layer][slots] = counts
+        return sums / counts[:, None, None]

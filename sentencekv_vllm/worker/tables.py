@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker knows of the tracked requests: one table row a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from ..messages import Int32s, RequestUpdate, SparseRows
+from ..types import SparseBatch
+
+OPTION_COLUMNS = ("index_kind", "reduce", "budget_blocks", "seed", "running_mean_query")
+
+
+@dataclass(frozen=True)
+class NewSentences:
+    """Sentences of one request that can be indexed now; see `ops.index_sentences`."""
+
+    rows: Int32s  # [n]
+    spans: Int32s  # [n, 2]
+    span_blocks: Int32s  # [n, C]
+
+
+class GrowingTable:
+    """[num_slots, width] int32 with appended rows; the width doubles on demand."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.values = np.zeros((num_slots, 64), np.int32)
+        self.counts = np.zeros(num_slots, np.int32)
+
+    def append(self, slot: int, items: list[int] | Int32s) -> None:
+        first = int(self.counts[slot])
+        last = first + len(items)
+        if last > self.values.shape[1]:
+            width = max(last, 2 * self.values.shape[1])
+            wider = np.zeros((len(self.values), width), np.int32)
+            wider[:, : self.values.shape[1]] = self.values
+            self.values = wider
+        self.values[slot, first:last] = items
+        self.counts[slot] = last
+
+    def of(self, slot: int) -> Int32s:
+        return self.values[slot, : self.counts[slot]]
+
+    def gather(self, slots: Int32s) -> torch.Tensor:
+        """[S, widest] of the given rows."""
+        width = max(1, int(self.counts[slots].max()))
+        return torch.from_numpy(self.values[slots, :width])
+
+
+class Tables:
+    """All tracked requests, by slot."""
+
+    def __init__(
+        self, num_slots: int, working_set_blocks: int, block_size: int, rows_per_page: int
+    ):
+        self.block_size = block_size
+        self.rows_per_page = rows_per_page
+        self.blocks = GrowingTable(num_slots)  # block j, as it was when it was copied out
+        self.pages = GrowingTable(num_slots)
+        self.row_pages = GrowingTable(num_slots)
+        self.ends = GrowingTable(num_slots)
+        self.num_indexed = np.zeros(num_slots, np.int32)  # sentences with an index entry
+        self.private = np.zeros((num_slots, max(1, working_set_blocks)), np.int32)
+        self.retention = np.zeros(num_slots, np.float32)
+        self.options = {name: np.zeros(num_slots, np.int32) for name in OPTION_COLUMNS}
+        self._batch: tuple[tuple[bytes, ...], SparseBatch] | None = None
+
+    def drop(self, slot: int) -> None:
+        for table in (self.blocks, self.pages, self.row_pages, self.ends):
+            table.counts[slot] = 0
+        self.num_indexed[slot] = 0
+        self._batch = None
+
+    def apply(self, update: RequestUpdate) -> NewSentences | None:
+        """Take the facts in; the blocks named must be copied out before the next batch."""
+        slot, n = update.slot, self.block_size
+        self._batch = None
+        if update.options is not None:
+            self.retention[slot] = update.options.retention
+            for name, column in self.options.items():
+                column[slot] = getattr(update.options, name)
+        self.blocks.append(slot, update.block_ids)
+        self.pages.append(slot, update.page_ids)
+        self.row_pages.append(slot, update.row_pages)
+        self.ends.append(slot, update.sentence_ends)
+        if update.private_blocks:
+            self.private[slot] = update.private_blocks
+        ends = self.ends.of(slot)
+        first = int(self.num_indexed[slot])
+        last = int(np.searchsorted(ends, int(self.pages.counts[slot]) * n, side="right"))
+        if last == first:
+            return None
+        self.num_indexed[slot] = last
+        return self._new_sentences(slot, first, last, ends)
+
+    def _new_sentences(self, slot: int, first: int, last: int, ends: Int32s) -> NewSentences:
+        n, m = self.block_size, self.rows_per_page
+        sentence = np.arange(first, last)
+        rows = self.row_pages.of(slot)[sentence // m] * m + sentence % m
+        stops = ends[first:last]
+        starts = np.concatenate((ends[first - 1 : first] if first else [0], stops[:-1]))
+        starts = starts.astype(np.int32)
+        first_block = starts // n
+        columns = first_block[:, None] + np.arange(int(((stops - 1) // n - first_block).max()) + 1)
+        blocks = self.blocks.of(slot)
+        span_blocks = np.where(
+            columns <= ((stops - 1) // n)[:, None], blocks[np.minimum(columns, len(blocks) - 1)], -1
+        )
+        spans = np.stack((starts - first_block * n, stops - starts), 1)
+        return NewSentences(
+            rows.astype(np.int32), spans.astype(np.int32), span_blocks.astype(np.int32)
+        )
+
+    def batch(self, rows: SparseRows, step: int) -> SparseBatch:
+        """The step's rows as tensors; rebuilt only when something but the step has changed."""
+        key = (rows.slots.tobytes(), rows.history_lo.tobytes(), rows.history_hi.tobytes())
+        if self._batch is not None and self._batch[0] == key:
+            return replace(self._batch[1], step=step)
+        slots = rows.slots
+        history = rows.history_hi - rows.history_lo
+        batch = SparseBatch(
+            pages=self.pages.gather(slots),
+            num_pages=torch.from_numpy(self.pages.counts[slots]),
+            row_pages=self.row_pages.gather(slots),
+            sentence_ends=self.ends.gather(slots),
+            num_sentences=torch.from_numpy(self.num_indexed[slots]),
+            history_lo=torch.from_numpy(rows.history_lo),
+            history_hi=torch.from_numpy(rows.history_hi),
+            budget_blocks=torch.from_numpy(
+                np.minimum(self.options["budget_blocks"][slots], history)
+            ),
+            private_blocks=torch.from_numpy(self.private[slots]),
+            index_kind=torch.from_numpy(self.options["index_kind"][slots]),
+            reduce=torch.from_numpy(self.options["reduce"][slots]),
+            retention=torch.from_numpy(self.retention[slots]),
+            seed=torch.from_numpy(self.options["seed"][slots]),
+            step=step,
+        )
+        self._batch = (key, batch)
+        return batch
