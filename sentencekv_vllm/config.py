@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the user typed: `additional_config["sentencekv"]`, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import Any, get_args, get_type_hints
+
+from .policies import POLICIES, SelectionPolicy
+from .types import IndexKind, Reduce
+
+INDEX_NAMES = {kind.name.lower(): kind for kind in IndexKind}
+REDUCE_NAMES = {reduce.name.lower(): reduce for reduce in Reduce}
+
+
+class ConfigError(ValueError):
+    """A setting breaks a rule; the message holds rule, values and the smallest fix."""
+
+
+def closest(name: object, known: Sequence[str]) -> str:
+    """A hint for a misspelt name: the closest known one, or all of them."""
+    near = get_close_matches(str(name), known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"
+
+
+def _option(
+    default: Any,
+    *,
+    low: float = -math.inf,
+    above: float = -math.inf,
+    choices: Sequence[str] = (),
+) -> Any:
+    """A field with its rule: at least `low`, greater than `above`, one of `choices`."""
+    return field(default=default, metadata={"low": low, "above": above, "choices": choices})
+
+
+@dataclass(frozen=True)
+class SentenceKVConfig:
+    """Settings of the backend. Token counts are tokens of one request.
+
+    Raises:
+        ConfigError: wrong type, out of range, or settings that contradict each other.
+    """
+
+    policy: str = _option("sentencekv", choices=tuple(POLICIES))
+    token_budget: int = _option(1024, low=1)
+    """Tokens attended per KV head and step, sinks and recent window included."""
+    num_sink_tokens: int = _option(32, low=0)
+    """First tokens, always attended."""
+    recent_window: int = _option(128, low=1)
+    """Last tokens, always attended."""
+    working_set_tokens: int | None = _option(None, low=0)
+    """GPU room for swapped-in history, per sparse request; None: twice the history part of
+    the budget. It changes the speed, never the output."""
+    host_pool_gib: float = _option(4.0, above=0)
+    """Swap pool of one worker in host memory; the index on the device grows with it."""
+    min_context_tokens: int = _option(8192, low=1)
+    """Shorter requests stay dense."""
+
+    segmenter: str = _option("auto", choices=("auto", "spacy", "punctuation", "fixed"))
+    min_sentence_tokens: int = _option(4, low=1)
+    max_sentence_tokens: int = _option(64, low=1)
+    fixed_sentence_tokens: int = _option(32, low=1)
+    """Length of every sentence of the `fixed` segmenter."""
+    sentence_tokens_per_row: int = _option(16, low=1)
+    """Mean sentence length that the room for centroids is planned for; shorter sentences take
+    more pages."""
+
+    on_pool_full: str = _option("dense", choices=("dense", "wait"))
+    """Without host pages a request stays dense, or waits to be admitted."""
+    stay_dense_when_covered: bool = _option(True)
+    """False: a history that the budget covers runs through the sparse path all the same,
+    which shows that the path is exact."""
+    allow_untested_vllm: bool = _option(False)
+
+    index: str | None = _option(None, choices=tuple(INDEX_NAMES))
+    """With `query`, `head_reduce` and `retention`: in place of the policy's own; None keeps it."""
+    query: str | None = _option(None, choices=("current", "running_mean"))
+    head_reduce: str | None = _option(None, choices=tuple(REDUCE_NAMES))
+    retention: float | None = _option(None, low=0)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SentenceKVConfig:
+        """Settings by name, as JSON or YAML gives them; missing ones have their default."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"sentencekv settings must be a mapping of names to values, got {values!r}"
+            )
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"unknown setting {name!r}: {closest(name, known)}")
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in fields(self):
+            _check(f.name, getattr(self, f.name), hints[f.name], **f.metadata)
+        if self.max_sentence_tokens < self.min_sentence_tokens:
+            raise ConfigError(
+                f"max_sentence_tokens {self.max_sentence_tokens} is below min_sentence_tokens "
+                f"{self.min_sentence_tokens}: raise it to {self.min_sentence_tokens}"
+            )
+        overrides = [name for name in ("index", "query", "head_reduce", "retention")
+                     if getattr(self, name) is not None]  # fmt: skip
+        if overrides and POLICIES[self.policy].index is None:
+            raise ConfigError(
+                f"policy {self.policy!r} ranks nothing, so {', '.join(overrides)} cannot apply: "
+                f"remove {'it' if len(overrides) == 1 else 'them'}"
+            )
+
+    @property
+    def selection_policy(self) -> SelectionPolicy:
+        """The named policy with the overrides applied."""
+        changes: dict[str, Any] = {
+            "index": None if self.index is None else INDEX_NAMES[self.index],
+            "query": self.query,
+            "reduce": None if self.head_reduce is None else REDUCE_NAMES[self.head_reduce],
+            "retention": self.retention,
+        }
+        return replace(POLICIES[self.policy], **{k: v for k, v in changes.items() if v is not None})
+
+
+def _check(
+    name: str, value: Any, hint: Any, low: float, above: float, choices: Sequence[str]
+) -> None:
+    kinds = set(get_args(hint) or (hint,))
+    if float in kinds:
+        kinds.add(int)
+    if type(value) not in kinds:  # bool is no number here
+        words = " or ".join(sorted("null" if k is type(None) else k.__name__ for k in kinds))
+        raise ConfigError(f"{name} must be {words}, got {value!r} ({type(value).__name__})")
+    if value is None:
+        return
+    if choices and value not in choices:
+        raise ConfigError(f"{name} {value!r} is not known: {closest(value, choices)}")
+    if isinstance(value, int | float) and not (low <= value < math.inf):
+        raise ConfigError(f"{name} must be at least {low:g}, got {value}: the smallest is {low:g}")
+    if isinstance(value, int | float) and not value > above:
+        raise ConfigError(f"{name} must be greater than {above:g}, got {value}")

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a policy is: which evidence ranks the sentences of the history."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..types import IndexKind, Reduce
+
+Query = Literal["current", "running_mean"]
+
+
+@dataclass(frozen=True)
+class SelectionPolicy:
+    """A named combination of index, query and reduction; the kernels do the rest.
+
+    Attributes:
+        name: what the user types.
+        index: what a sentence is scored by; None where nothing is ranked.
+        query: `current` ranks by the query of the token being decoded, `running_mean` by the
+            mean query of the sentence being written.
+        reduce: how a GQA group's scores become one per KV head.
+        retention: bonus, in log-probability where `reduce` is SOFTMAX_MEAN and in units of
+            the logits otherwise, for sentences that the step before selected.
+        selects: history blocks are ranked, and attended to within the token budget.
+        keeps_all: the whole history is attended to, whatever the budget.
+    """
+
+    name: str
+    index: IndexKind | None
+    query: Query = "current"
+    reduce: Reduce = Reduce.MEAN
+    retention: float = 0.0
+    selects: bool = True
+    keeps_all: bool = False

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The default policy: sentences as the unit, one-bit keys as the evidence."""
+
+from __future__ import annotations
+
+from ..types import IndexKind, Reduce
+from .base import SelectionPolicy
+
+SENTENCE_KV = SelectionPolicy(
+    name="sentencekv",
+    index=IndexKind.TOKEN_BITS,
+    query="current",
+    reduce=Reduce.SOFTMAX_MEAN,
+    retention=5.0,
+)
+"""A sentence is worth what its best token is worth.
+
+Idea: SentenceKV (arXiv 2504.00970) selects and moves whole sentences; one-bit codes with an
+unbiased scale (RaBitQ, arXiv 2405.12497) estimate query-key products of single tokens. Scores
+become probabilities per query head and are averaged over the group, so no head's logits drown
+another's.
+
+Parameters: a retention of 5 asks a newcomer to look e^5 = 148 times as important as what it
+displaces; it cuts the swap traffic and costs no accuracy on the recall tasks.
+
+Differences from the paper: tokens, not the sentence's mean key, are the evidence; the current
+token's query, not a running mean; nothing is dropped at prefill.
+"""

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-request overrides: `SamplingParams.extra_args`, or `vllm_xargs` over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .config import closest
+from .policies import POLICIES, SelectionPolicy
+from .resolved import ResolvedConfig
+
+SWITCH, POLICY, BUDGET = "sentencekv", "sentencekv_policy", "sentencekv_token_budget"
+KEYS = (SWITCH, POLICY, BUDGET)
+
+
+class RequestOptionsError(ValueError):
+    """An override cannot be honoured; the message holds rule, value and the smallest fix."""
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """How one request asks to be decoded."""
+
+    enabled: bool  # False: dense for good
+    policy: SelectionPolicy
+    budget_blocks: int  # history blocks per KV head and step
+
+    @classmethod
+    def parse(
+        cls, extra_args: Mapping[str, Any] | None, resolved: ResolvedConfig
+    ) -> RequestOptions:
+        """The server's settings with the request's overrides; keys of others are ignored.
+
+        Raises:
+            RequestOptionsError: unknown key, value out of range, or more than the working
+                set holds.
+        """
+        given = {k: v for k, v in (extra_args or {}).items() if k.startswith(SWITCH)}
+        for key in given:
+            if key not in KEYS:
+                raise RequestOptionsError(f"unknown option {key!r}: {closest(key, KEYS)}")
+        enabled = _switch(given.get(SWITCH, "on"))
+        policy = _policy(given[POLICY], resolved) if POLICY in given else resolved.policy
+        budget = _budget(given[BUDGET]) if BUDGET in given else resolved.config.token_budget
+        if policy.selects:
+            _check_fit(budget, resolved)
+        return cls(enabled, policy, resolved.history_blocks(policy, budget))
+
+
+def _switch(value: Any) -> bool:
+    if value in ("on", "off"):
+        return bool(value == "on")
+    raise RequestOptionsError(f'{SWITCH} is "on" or "off", got {value!r}')
+
+
+def _policy(name: Any, resolved: ResolvedConfig) -> SelectionPolicy:
+    if name == resolved.policy.name:
+        return resolved.policy
+    if not isinstance(name, str) or name not in POLICIES:
+        raise RequestOptionsError(
+            f"{POLICY} {name!r} is not known: {closest(name, tuple(POLICIES))}"
+        )
+    return POLICIES[name]
+
+
+def _budget(value: Any) -> int:
+    if isinstance(value, str) and value.isdecimal():  # some clients send strings only
+        return int(value)
+    if type(value) is int:
+        return value
+    raise RequestOptionsError(f"{BUDGET} is a whole number of tokens, got {value!r}")
+
+
+def _check_fit(budget: int, resolved: ResolvedConfig) -> None:
+    config = resolved.config
+    if resolved.largest_budget < resolved.smallest_budget:
+        raise RequestOptionsError(
+            "this policy swaps history in, but the server has no working set: start it with "
+            f"working_set_tokens of at least {resolved.block_size}"
+        )
+    if budget < resolved.smallest_budget:
+        raise RequestOptionsError(
+            f"{BUDGET} {budget} is below num_sink_tokens {config.num_sink_tokens} + "
+            f"recent_window {config.recent_window} + one block of {resolved.block_size}: "
+            f"the smallest budget is {resolved.smallest_budget}"
+        )
+    if budget > resolved.largest_budget:
+        raise RequestOptionsError(
+            f"{BUDGET} {budget} is above what this server's working set of "
+            f"{resolved.working_set_blocks} blocks holds: the largest budget is "
+            f"{resolved.largest_budget}"
+        )

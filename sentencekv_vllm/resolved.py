@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model makes of the settings: sizes in blocks, pages and bytes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .config import ConfigError, SentenceKVConfig
+from .policies import SelectionPolicy
+
+GIB = 2**30
+
+
+def blocks(tokens: int, block_size: int) -> int:
+    """Blocks that hold `tokens` tokens."""
+    return -(-tokens // block_size)
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """The settings of one worker, for its share of one model."""
+
+    config: SentenceKVConfig
+    policy: SelectionPolicy  # the default of a request, overrides applied
+    block_size: int  # tokens
+    rows_per_page: int  # sentence rows that come with a page
+    sink_blocks: int
+    recent_blocks: int  # full blocks that the recent window may touch
+    working_set_blocks: int  # R: private blocks of a sparse request
+    num_pages: int  # of the swap pool and of the index
+    page_bytes: int  # one block of every layer
+    index_page_bytes: int  # on the device, every layer
+
+    @property
+    def budget_blocks(self) -> int:
+        """History blocks that a request selects per KV head and step by default."""
+        return self.history_blocks(self.policy, self.config.token_budget)
+
+    @property
+    def resident_blocks(self) -> int:
+        """Most vLLM blocks that a sparse request holds in decode: one is partly filled."""
+        return self.sink_blocks + self.working_set_blocks + self.recent_blocks + 1
+
+    @property
+    def smallest_budget(self) -> int:
+        """Tokens; sinks, recent window and one history block."""
+        return self.config.num_sink_tokens + self.config.recent_window + self.block_size
+
+    @property
+    def largest_budget(self) -> int:
+        """Tokens; sinks, recent window and the whole working set."""
+        history = self.working_set_blocks * self.block_size
+        return self.config.num_sink_tokens + self.config.recent_window + history
+
+    @property
+    def host_pool_bytes(self) -> int:
+        return self.num_pages * self.page_bytes
+
+    @property
+    def index_bytes(self) -> int:
+        return self.num_pages * self.index_page_bytes
+
+    def history_blocks(self, policy: SelectionPolicy, token_budget: int) -> int:
+        """History part of a budget under a policy, in blocks, rounded up."""
+        if policy.keeps_all:
+            return self.working_set_blocks
+        return _history_blocks(self.config, token_budget, self.block_size) if policy.selects else 0
+
+
+def resolve(
+    config: SentenceKVConfig,
+    *,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_layers: int,
+    dtype_size: int,
+) -> ResolvedConfig:
+    """Settle the sizes.
+
+    Args:
+        block_size: tokens of a vLLM block.
+        num_kv_heads, num_layers: this worker's share.
+        dtype_size: bytes of a KV cache element.
+
+    Raises:
+        ConfigError: the settings do not fit this model or each other.
+    """
+    if head_dim % 8:
+        raise ConfigError(
+            f"the index packs 8 sign bits a byte, head_dim {head_dim} is no multiple of 8: "
+            "serve this model with another attention backend"
+        )
+    rows_per_page = max(1, block_size // config.sentence_tokens_per_row)
+    head_blocks = num_layers * num_kv_heads
+    page_bytes = head_blocks * 2 * block_size * head_dim * dtype_size
+    bits_and_scales = block_size * (head_dim // 8 + 2)
+    centroids_and_flags = rows_per_page * (2 * head_dim + 1)
+    history = _history_blocks(config, config.token_budget, block_size)
+    wanted = config.working_set_tokens
+    resolved = ResolvedConfig(
+        config=config,
+        policy=config.selection_policy,
+        block_size=block_size,
+        rows_per_page=rows_per_page,
+        sink_blocks=blocks(config.num_sink_tokens, block_size),
+        recent_blocks=blocks(config.recent_window, block_size),
+        working_set_blocks=2 * history if wanted is None else blocks(wanted, block_size),
+        num_pages=int(config.host_pool_gib * GIB) // page_bytes,
+        page_bytes=page_bytes,
+        index_page_bytes=head_blocks * (bits_and_scales + centroids_and_flags),
+    )
+    if resolved.policy.selects:
+        _check_budget(resolved)
+        _check_host_pool(resolved)
+    return resolved
+
+
+def _history_blocks(config: SentenceKVConfig, token_budget: int, block_size: int) -> int:
+    history = token_budget - config.num_sink_tokens - config.recent_window
+    return blocks(max(0, history), block_size)
+
+
+def _check_budget(resolved: ResolvedConfig) -> None:
+    config = resolved.config
+    if config.token_budget < resolved.smallest_budget:
+        raise ConfigError(
+            f"token_budget {config.token_budget} is below num_sink_tokens "
+            f"{config.num_sink_tokens} + recent_window {config.recent_window} + one block of "
+            f"{resolved.block_size}: the smallest budget is {resolved.smallest_budget}"
+        )
+    if resolved.working_set_blocks < resolved.budget_blocks:
+        smallest = resolved.budget_blocks * resolved.block_size
+        raise ConfigError(
+            f"working_set_tokens {config.working_set_tokens} holds "
+            f"{resolved.working_set_blocks} blocks of {resolved.block_size}, one step selects "
+            f"{resolved.budget_blocks}: the smallest working set is {smallest} tokens"
+        )
+
+
+def _check_host_pool(resolved: ResolvedConfig) -> None:
+    config = resolved.config
+    needed = blocks(config.min_context_tokens, resolved.block_size)
+    if resolved.num_pages < needed:
+        smallest = math.ceil(100 * needed * resolved.page_bytes / GIB) / 100
+        raise ConfigError(
+            f"host_pool_gib {config.host_pool_gib:g} holds {resolved.num_pages} pages of "
+            f"{resolved.page_bytes} bytes, but a request of min_context_tokens "
+            f"{config.min_context_tokens} has {needed}: the smallest pool is {smallest:.2f} GiB"
+        )
