@@ -137,7 +137,10 @@ def _check(
         return
     if choices and value not in choices:
         raise ConfigError(f"{name} {value!r} is not known: {closest(value, choices)}")
-    if isinstance(value, int | float) and not (low <= value < math.inf):
-        raise ConfigError(f"{name} must be at least {low:g}, got {value}: the smallest is {low:g}")
-    if isinstance(value, int | float) and not value > above:
-        raise ConfigError(f"{name} must be greater than {above:g}, got {value}")
+    if isinstance(value, int | float):
+        if not math.isfinite(value):
+            raise ConfigError(f"{name} must be a finite number, got {value}")
+        if value < low:
+            raise ConfigError(f"{name} must be at least {low:g}, got {value}")
+        if value <= above:
+            raise ConfigError(f"{name} must be greater than {above:g}, got {value}")

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of every policy, and what sets each of them apart."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+
+from sentencekv_vllm.policies import POLICIES
+from sentencekv_vllm.types import IndexKind, Reduce
+
+MODULES = {
+    "sentencekv": "sentence_kv",
+    "sentencekv-paper": "sentence_kv_paper",
+    "full": "full",
+    "streaming": "streaming",
+    "random": "random",
+}
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_every_policy_keeps_the_contract(name):
+    policy = POLICIES[name]
+    assert policy.name == name
+    assert policy.selects == (policy.index is not None), "what is ranked has evidence"
+    assert not (policy.selects and policy.keeps_all)
+    assert policy.retention >= 0
+    module = import_module(f"sentencekv_vllm.policies.{MODULES[name]}")
+    assert module.__doc__, "the idea in one line"
+
+
+def test_the_paper_ranks_by_mean_keys_and_the_running_mean_query():
+    policy = POLICIES["sentencekv-paper"]
+    assert (policy.index, policy.query, policy.reduce, policy.retention) == (
+        IndexKind.CENTROID,
+        "running_mean",
+        Reduce.MEAN,
+        0.0,
+    )
+
+
+def test_the_default_ranks_tokens_by_the_current_query_and_moves_little():
+    policy = POLICIES["sentencekv"]
+    assert (policy.index, policy.query, policy.reduce, policy.retention) == (
+        IndexKind.TOKEN_BITS,
+        "current",
+        Reduce.SOFTMAX_MEAN,
+        5.0,
+    )
+
+
+def test_only_full_keeps_everything_and_only_streaming_attends_to_no_history():
+    assert [p.name for p in POLICIES.values() if p.keeps_all] == ["full"]
+    assert [p.name for p in POLICIES.values() if not (p.selects or p.keeps_all)] == ["streaming"]

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings: what is accepted, what is refused and how, and the sizes that follow."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sentencekv_vllm.config import ConfigError, SentenceKVConfig
+from sentencekv_vllm.policies import POLICIES
+from sentencekv_vllm.presets import load_preset, preset_path, preset_paths
+from sentencekv_vllm.resolved import GIB, ResolvedConfig, resolve
+from sentencekv_vllm.types import Geometry, IndexKind, Reduce
+from sentencekv_vllm.worker.pools import Pools
+
+MODEL = {"num_kv_heads": 2, "head_dim": 64, "num_layers": 4, "dtype_size": 2}
+
+
+def sizes(block_size: int = 32, **settings: object) -> ResolvedConfig:
+    config = SentenceKVConfig.from_dict(settings)
+    return resolve(config, block_size=block_size, **MODEL)
+
+
+def test_nothing_typed_means_the_defaults():
+    assert SentenceKVConfig.from_dict({}) == SentenceKVConfig()
+    assert SentenceKVConfig().selection_policy == POLICIES["sentencekv"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"token_bugdet": 512}, ["token_bugdet", "did you mean 'token_budget'?"]),
+        ({"zzz": 1}, ["zzz", "use one of policy, token_budget"]),
+        ({"policy": "sentenckv"}, ["policy", "did you mean 'sentencekv'?"]),
+        ({"policy": 3}, ["policy", "str", "3 (int)"]),
+        ({"token_budget": "512"}, ["token_budget", "int", "'512' (str)"]),
+        ({"token_budget": 512.0}, ["token_budget", "int", "512.0 (float)"]),
+        ({"token_budget": True}, ["token_budget", "int", "True (bool)"]),
+        ({"token_budget": None}, ["token_budget", "int", "None"]),
+        ({"token_budget": 0}, ["token_budget", "at least 1", "got 0"]),
+        ({"num_sink_tokens": -1}, ["num_sink_tokens", "at least 0", "got -1"]),
+        ({"recent_window": 0}, ["recent_window", "at least 1"]),
+        ({"working_set_tokens": "auto"}, ["working_set_tokens", "int or null", "'auto'"]),
+        ({"host_pool_gib": 0}, ["host_pool_gib", "greater than 0"]),
+        ({"host_pool_gib": float("inf")}, ["host_pool_gib", "finite", "inf"]),
+        ({"retention": float("nan")}, ["retention", "finite", "nan"]),
+        ({"stay_dense_when_covered": 1}, ["stay_dense_when_covered", "bool", "1 (int)"]),
+        ({"segmenter": "nltk"}, ["segmenter", "nltk", "auto, spacy, punctuation, fixed"]),
+        ({"on_pool_full": "drop"}, ["on_pool_full", "dense, wait"]),
+        ({"index": "token_bit"}, ["index", "did you mean 'token_bits'?"]),
+        ({"head_reduce": "sum"}, ["head_reduce", "softmax_mean, max, mean"]),
+        (
+            {"min_sentence_tokens": 80},
+            ["max_sentence_tokens 64", "min_sentence_tokens 80", "raise it to 80"],
+        ),
+        ({"policy": "full", "retention": 1.0}, ["'full'", "retention", "remove it"]),
+        (
+            {"policy": "streaming", "index": "centroid", "query": "current"},
+            ["'streaming'", "index, query", "remove them"],
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, list) else repr(value),
+)
+def test_a_bad_setting_is_refused_with_rule_value_and_fix(settings, words):
+    with pytest.raises(ConfigError) as caught:
+        SentenceKVConfig.from_dict(settings)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [[], "policy", 7])
+def test_settings_that_are_no_mapping_are_refused(values):
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        SentenceKVConfig.from_dict(values)
+
+
+def test_direct_construction_is_checked_too():
+    with pytest.raises(ConfigError, match="token_budget"):
+        SentenceKVConfig(token_budget=-5)
+
+
+def test_an_int_is_accepted_where_a_float_is_wanted():
+    assert SentenceKVConfig.from_dict({"host_pool_gib": 2}).host_pool_gib == 2
+
+
+def test_overrides_replace_the_policys_parts_and_nothing_else():
+    config = SentenceKVConfig(index="centroid", head_reduce="max", retention=0.0)
+    policy = config.selection_policy
+    assert (policy.index, policy.reduce, policy.retention) == (IndexKind.CENTROID, Reduce.MAX, 0.0)
+    assert (policy.name, policy.query) == ("sentencekv", POLICIES["sentencekv"].query)
+
+
+@pytest.mark.parametrize("name", sorted(preset_paths()))
+def test_every_preset_is_valid_and_fits_an_8b_model(name):
+    config = load_preset(name)
+    resolve(config, block_size=32, num_kv_heads=8, head_dim=128, num_layers=32, dtype_size=2)
+
+
+def test_the_default_preset_spells_out_the_defaults():
+    assert load_preset("default") == SentenceKVConfig()
+    written = yaml.safe_load(preset_path("default").read_text())["additional-config"]["sentencekv"]
+    policys_own = {"index", "query", "head_reduce", "retention"}
+    assert set(written) == {f.name for f in fields(SentenceKVConfig)} - policys_own
+
+
+def test_an_unknown_preset_is_refused_by_name():
+    with pytest.raises(ConfigError, match="did you mean 'quality'"):
+        preset_path("qualty")
+
+
+def test_sizes_of_the_defaults():
+    resolved = sizes()
+    assert (resolved.sink_blocks, resolved.recent_blocks) == (1, 4)
+    assert resolved.budget_blocks == 27  # 1024 - 32 - 128 = 864 tokens
+    assert resolved.working_set_blocks == 54
+    assert resolved.resident_blocks == 1 + 54 + 4 + 1
+    assert (resolved.smallest_budget, resolved.largest_budget) == (192, 160 + 54 * 32)
+
+
+@given(
+    block_size=st.sampled_from([16, 32, 128]),
+    sinks=st.integers(0, 300),
+    recent=st.integers(1, 300),
+    history=st.integers(128, 4000),
+)
+def test_budget_covers_what_was_asked_and_less_than_a_block_more(
+    block_size, sinks, recent, history
+):
+    resolved = sizes(
+        block_size,
+        token_budget=sinks + recent + history,
+        num_sink_tokens=sinks,
+        recent_window=recent,
+    )
+    assert 0 <= resolved.budget_blocks * block_size - history < block_size
+    assert resolved.working_set_blocks >= resolved.budget_blocks
+    assert 0 <= resolved.sink_blocks * block_size - sinks < block_size
+    assert 0 <= resolved.recent_blocks * block_size - recent < block_size
+
+
+@given(st.floats(0.1, 3.0), st.sampled_from([16, 32, 128]))
+def test_the_pool_never_exceeds_what_was_given(gib, block_size):
+    resolved = sizes(block_size, host_pool_gib=gib, min_context_tokens=512)
+    assert 0 <= gib * GIB - resolved.host_pool_bytes < resolved.page_bytes + 1
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 128])
+def test_announced_bytes_are_the_bytes_allocated(block_size):
+    resolved = sizes(block_size, host_pool_gib=0.01, min_context_tokens=256)
+    geometry = Geometry(
+        num_layers=4,
+        num_kv_heads=2,
+        group_size=2,
+        head_dim=64,
+        block_size=block_size,
+        rows_per_page=resolved.rows_per_page,
+        scale=0.125,
+    )
+    caches = [torch.empty(3, 2, block_size, 128, dtype=torch.bfloat16) for _ in range(4)]
+    pools = Pools(geometry, resolved.num_pages, caches)
+    assert resolved.host_pool_bytes == pools.host_bytes
+    assert resolved.index_bytes == pools.index_bytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "smallest"),
+    [
+        ({"token_budget": 191}, {"token_budget": 192}),
+        ({"working_set_tokens": 832}, {"working_set_tokens": 864}),
+        ({"host_pool_gib": 0.01}, {"host_pool_gib": 0.02}),
+    ],
+    ids=str,
+)
+def test_the_fix_that_the_error_names_is_enough(settings, smallest):
+    (value,) = smallest.values()
+    with pytest.raises(ConfigError, match=f"smallest .* {value}"):
+        sizes(**settings)
+    assert sizes(**smallest)
+
+
+@pytest.mark.parametrize("policy", ["full", "streaming"])
+def test_policies_that_rank_nothing_need_no_budget(policy):
+    resolved = sizes(policy=policy, token_budget=1, working_set_tokens=640)
+    assert resolved.budget_blocks == (20 if policy == "full" else 0)
+
+
+def test_a_head_dim_that_cannot_be_packed_is_refused():
+    with pytest.raises(ConfigError, match="head_dim 60"):
+        resolve(
+            SentenceKVConfig(),
+            block_size=32,
+            num_kv_heads=2,
+            head_dim=60,
+            num_layers=4,
+            dtype_size=2,
+        )

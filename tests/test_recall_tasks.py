@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recall tasks: fixed by their arguments, answerable, and checked strictly."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from sentencekv_vllm.evaluation.recall_tasks import (
+    TASKS,
+    first_line,
+    is_correct,
+    make_prompt,
+    score,
+)
+
+
+def test_prompts_are_those_that_the_published_accuracies_were_measured_on():
+    text = "".join(make_prompt(task, 600, seed=3).prompt for task in TASKS)
+    digest = "d8f849e25ba35a80cee89f115509d6361d15f0bd7f66e1c097a82e3a0045e03c"
+    assert hashlib.sha256(text.encode()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_prompt_holds_its_needles_and_has_about_the_length_asked_for(task):
+    item = make_prompt(task, 900, seed=1)
+    assert all(item.prompt.count(needle) == 1 for needle in item.needles)
+    assert all(any(answer in needle for needle in item.needles) for answer in item.answers)
+    assert 0.97 * 900 <= len(item.prompt.split()) <= 900
+    assert item.prompt.endswith("\nAnswer:")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_only_the_whole_answer_line_is_correct(task):
+    item = make_prompt(task, 600, seed=2)
+    assert is_correct(f"{item.target}\nQuestion: and more", item)
+    assert score(item.target, item) == 1.0
+    assert not is_correct(item.target + " No.", item)
+    wrong = item.target.replace(item.answers[0], "nothing")
+    assert not is_correct(wrong, item)
+    assert score(wrong, item) < 1.0
+    assert first_line(f"\n {item.target}\nx") == item.target.strip()
+
+
+def test_depth_places_the_needle():
+    places = [
+        (item := make_prompt("niah_single", 900, seed=5, depth=d)).prompt.index(item.needles[0])
+        / len(item.prompt)
+        for d in (0.1, 0.5, 0.9)
+    ]
+    assert places == pytest.approx([0.1, 0.5, 0.9], abs=0.06)
+
+
+def test_an_answer_prefix_moves_the_restated_key_into_the_prompt():
+    plain = make_prompt("niah_single", 300, seed=4)
+    prefixed = make_prompt("niah_single", 300, seed=4, answer_prefix=True)
+    assert prefixed.prompt.endswith(plain.target.replace(prefixed.target, ""))
+    assert prefixed.target == f" {plain.answers[0]}."
+
+
+def test_a_length_that_cannot_hold_the_needles_is_refused():
+    with pytest.raises(ValueError, match="needs at least"):
+        make_prompt("niah_multiquery", 20, seed=0)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-request overrides against the server's sizes."""
+
+from __future__ import annotations
+
+import pytest
+
+from sentencekv_vllm.config import SentenceKVConfig
+from sentencekv_vllm.policies import POLICIES
+from sentencekv_vllm.request_options import RequestOptions, RequestOptionsError
+from sentencekv_vllm.resolved import ResolvedConfig, resolve
+
+
+def server(**settings: object) -> ResolvedConfig:
+    config = SentenceKVConfig.from_dict(settings)
+    return resolve(config, block_size=32, num_kv_heads=2, head_dim=64, num_layers=4, dtype_size=2)
+
+
+@pytest.mark.parametrize("extra", [None, {}, {"other_plugin": 3, "kv_transfer_params": {}}])
+def test_without_overrides_the_servers_settings_hold(extra):
+    resolved = server(retention=3.0)
+    options = RequestOptions.parse(extra, resolved)
+    assert options == RequestOptions(True, resolved.policy, resolved.budget_blocks)
+
+
+@pytest.mark.parametrize("budget", [512, "512"])
+def test_the_budget_is_counted_in_blocks(budget):
+    options = RequestOptions.parse({"sentencekv_token_budget": budget}, server())
+    assert options.budget_blocks == 11  # 512 - 32 - 128 = 352 tokens
+
+
+def test_the_whole_working_set_can_be_asked_for():
+    resolved = server()
+    extra = {"sentencekv_token_budget": resolved.largest_budget}
+    assert RequestOptions.parse(extra, resolved).budget_blocks == resolved.working_set_blocks
+
+
+def test_a_request_can_be_switched_off():
+    assert not RequestOptions.parse({"sentencekv": "off"}, server()).enabled
+    assert RequestOptions.parse({"sentencekv": "on"}, server()).enabled
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_every_policy_can_be_asked_for(name):
+    resolved = server()
+    options = RequestOptions.parse({"sentencekv_policy": name}, resolved)
+    assert options.policy == POLICIES[name]
+    expected = {"full": resolved.working_set_blocks, "streaming": 0}
+    assert options.budget_blocks == expected.get(name, resolved.budget_blocks)
+
+
+def test_naming_the_servers_policy_keeps_its_overrides():
+    resolved = server(retention=1.5)
+    options = RequestOptions.parse({"sentencekv_policy": "sentencekv"}, resolved)
+    assert options.policy.retention == 1.5
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"sentencekv_budget": 512}, ["did you mean 'sentencekv_token_budget'?"]),
+        ({"sentencekv_": 1}, ["unknown option 'sentencekv_'"]),
+        ({"sentencekv": "maybe"}, ['"on" or "off"', "'maybe'"]),
+        ({"sentencekv": True}, ['"on" or "off"', "True"]),
+        ({"sentencekv_policy": "random_"}, ["did you mean 'random'?"]),
+        ({"sentencekv_policy": ["full"]}, ["['full']"]),
+        ({"sentencekv_token_budget": 512.5}, ["whole number", "512.5"]),
+        ({"sentencekv_token_budget": True}, ["whole number", "True"]),
+        ({"sentencekv_token_budget": "-1"}, ["whole number", "'-1'"]),
+        ({"sentencekv_token_budget": 191}, ["191", "smallest budget is 192"]),
+        ({"sentencekv_token_budget": 1889}, ["1889", "54 blocks", "largest budget is 1888"]),
+    ],
+    ids=lambda value: None if isinstance(value, list) else repr(value),
+)
+def test_a_bad_override_is_refused_with_rule_value_and_fix(extra, words):
+    with pytest.raises(RequestOptionsError) as caught:
+        RequestOptions.parse(extra, server())
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_server_without_working_set_refuses_policies_that_swap():
+    resolved = server(policy="streaming", working_set_tokens=0)
+    assert RequestOptions.parse({}, resolved).budget_blocks == 0
+    with pytest.raises(RequestOptionsError, match="working_set_tokens of at least 32"):
+        RequestOptions.parse({"sentencekv_policy": "sentencekv"}, resolved)
