@@ -111,8 +111,7 @@ class ReferenceOps:
             missed = int(torch.isin(residency.misses[:, 2], private).sum())
             out.misses[s] += missed
             out.hits[s] += budget * heads - missed
-        out.coverage += selection.coverage.mean(1)
+        out.coverage.add_(selection.coverage.mean(1))
         clock.append(time.perf_counter_ns())
-        out.stage_ns += torch.tensor(
-            [b - a for a, b in zip(clock, clock[1:], strict=False)], dtype=torch.int64
-        )
+        elapsed = [b - a for a, b in zip(clock, clock[1:], strict=False)]
+        out.stage_ns.add_(torch.tensor(elapsed, dtype=torch.int64))

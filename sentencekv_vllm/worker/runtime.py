@@ -35,6 +35,7 @@ class Runtime:
         num_slots: int,
         working_set_blocks: int,
         ops: LayerOps,
+        layer_names: Sequence[str],
     ) -> None:
         """Allocate everything.
 
@@ -46,8 +47,10 @@ class Runtime:
             num_slots: requests tracked at once.
             working_set_blocks: private blocks of a request.
             ops: implementation of the device functions.
+            layer_names: in the order of `caches`.
         """
         self.geometry = geometry
+        self.layer_index = {name: i for i, name in enumerate(layer_names)}
         self.ops = ops
         self.pools = Pools(geometry, num_pages, caches)
         self.tables = Tables(
@@ -60,6 +63,12 @@ class Runtime:
         self._rows: SparseRows | None = None
         self._step = -1
         self._plan: StepPlan | None = None
+        self._report: StepReport | None = None
+
+    @property
+    def has_sparse_rows(self) -> bool:
+        """The step being run has rows to decode sparsely."""
+        return self._rows is not None
 
     def apply(self, message: StepMessage) -> None:
         """Perform a step's message; a second call with the same message does nothing."""
@@ -155,14 +164,27 @@ class Runtime:
 
     def take_report(self) -> StepReport | None:
         """What the last step selected, once."""
+        self._settle()
+        report, self._report = self._report, None
+        return report
+
+    def take_counters(self) -> dict[str, int]:
+        """Counts since the last call."""
+        self._settle()
+        taken = {name: count for name, count in self.counters.items() if count}
+        self.counters.clear()
+        return taken
+
+    def _settle(self) -> None:
+        """Book a finished step: its plan becomes a report and counts."""
         plan, self._plan = self._plan, None
         if plan is None:
-            return None
+            return
         out = plan.out
         for name, elapsed in zip(STAGES, out.stage_ns.tolist(), strict=True):
             self.counters[f"{name}_ns"] += elapsed
-        hits, misses = int(out.hits.sum()), int(out.misses.sum())
-        self.counters["hits"] += hits
+        misses = int(out.misses.sum())
+        self.counters["hits"] += int(out.hits.sum())
         self.counters["misses"] += misses
         head_block_bytes = self.geometry.head_block_numel * self.pools.host.element_size()
         self.counters["swap_in_bytes"] += misses * head_block_bytes
@@ -171,15 +193,9 @@ class Runtime:
         known = coverage[~coverage.isnan()]
         self.counters["coverage_millionths"] += int(1e6 * float(known.sum()))
         self.counters["coverage_rows"] += len(known)
-        return StepReport(
+        self._report = StepReport(
             slots=plan.slots.numpy().astype(np.int32),
             hits=out.hits.numpy(),
             misses=out.misses.numpy(),
             coverage=coverage.nan_to_num(0.0).numpy(),
         )
-
-    def take_counters(self) -> dict[str, int]:
-        """Counts since the last call."""
-        taken = {name: count for name, count in self.counters.items() if count}
-        self.counters.clear()
-        return taken

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every counter and gauge, with its unit; exported as `vllm:sentencekv_<name>`."""
+
+from __future__ import annotations
+
+COUNTERS: dict[str, str] = {
+    "hits": "Selected head-blocks that were resident, over requests, layers and KV heads.",
+    "misses": "Selected head-blocks that were swapped in.",
+    "swap_in_bytes": "Bytes copied from the swap pool to the working sets.",
+    "swap_out_bytes": "Bytes copied from GPU blocks to the swap pool.",
+    "sparse_steps": "Engine steps with at least one sparse row.",
+    "offload_ns": "Nanoseconds spent on copy-out and index construction.",
+    "score_ns": "Nanoseconds spent scoring sentences.",
+    "select_ns": "Nanoseconds spent filling the token budget.",
+    "resolve_ns": "Nanoseconds spent on slot lookup.",
+    "swap_ns": "Nanoseconds spent gathering missed head-blocks.",
+    "attend_ns": "Nanoseconds spent in attention over the selected blocks.",
+    "coverage_millionths": "Sum over sparse rows of the selected share of attention, in 1e-6.",
+    "coverage_rows": "Sparse rows whose coverage is known.",
+}
+"""Added up over steps and tensor-parallel ranks."""
+
+GAUGES: dict[str, str] = {
+    "host_pages_used": "Host pages owned by requests; a page holds a block of every layer.",
+    "host_pages_total": "Host pages of the swap pool.",
+    "sparse_requests": "Requests that are decoding sparsely.",
+    "resident_blocks": "GPU blocks that the working sets hold.",
+}
+"""The latest value counts."""
+
+REASON_PREFIX = "requests_"
+"""`requests_<reason>`: finished requests by `scheduler.reasons.Reason`."""

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From vLLM's configuration to ours, the same on the scheduler and on every worker."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from vllm.config import VllmConfig
+
+from ..config import SentenceKVConfig
+from ..resolved import ResolvedConfig, resolve
+from ..segmentation.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+CONFIG_KEY = "sentencekv"
+
+
+def user_config(vllm_config: VllmConfig) -> SentenceKVConfig:
+    """`--additional-config '{"sentencekv": {...}}'`, checked."""
+    return SentenceKVConfig.from_dict((vllm_config.additional_config or {}).get(CONFIG_KEY, {}))
+
+
+def resolve_for_engine(vllm_config: VllmConfig, kv_cache_config: Any) -> ResolvedConfig:
+    """Sizes for this model on one rank."""
+    group = kv_cache_config.kv_cache_groups[0]
+    spec = group.kv_cache_spec
+    return resolve(
+        user_config(vllm_config),
+        block_size=spec.block_size,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_size,
+        num_layers=len(group.layer_names),
+        dtype_size=spec.dtype.itemsize,
+    )
+
+
+def load_vocabulary(vllm_config: VllmConfig) -> Vocabulary | None:
+    """Text of every token, for segmentation; None where the engine has no tokenizer."""
+    if vllm_config.model_config.skip_tokenizer_init:
+        return None
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    return Vocabulary.from_tokenizer(cached_tokenizer_from_config(vllm_config.model_config))

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler process: vLLM's requests in, the ledger's messages out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+from vllm.config import VllmConfig
+
+from ..messages import DecodeOptions, Int32s, StepMessage
+from ..metrics import REASON_PREFIX
+from ..request_options import RequestOptions, RequestOptionsError
+from ..resolved import ResolvedConfig
+from ..scheduler.ledger import Ledger, Limits
+from ..scheduler.page_pool import PagePool
+from ..scheduler.reasons import Reason
+from ..scheduler.request_state import RequestState
+from ..segmentation.service import SegmentationService
+from .manager import SentenceKVManager
+from .resolve import load_vocabulary, resolve_for_engine
+
+logger = logging.getLogger(__name__)
+
+FIRST_GUESS_PREFILL_RATE = 10_000.0  # tokens a second, until one was seen
+
+
+class PacedSegmentation:
+    """Tells the segmentation service how long each prompt's prefill will take."""
+
+    def __init__(self, service: SegmentationService) -> None:
+        self.service = service
+        self._rate = FIRST_GUESS_PREFILL_RATE
+        self._last = (time.monotonic(), 0)
+        self.drop = service.drop
+        self.is_boundary = service.is_boundary
+        self.poll = service.poll
+        self.split_tail = service.split_tail
+
+    def submit(self, request_id: str, token_ids: Int32s) -> None:
+        self.service.submit(request_id, token_ids, allowed_delay_s=len(token_ids) / self._rate)
+
+    def step_scheduled(self, num_tokens: int) -> None:
+        """Learn the prefill rate from large steps."""
+        now = time.monotonic()
+        (before, tokens), self._last = self._last, (now, num_tokens)
+        if tokens >= 256:
+            self._rate += 0.2 * (tokens / max(now - before, 1e-6) - self._rate)
+
+
+class SchedulerSide:
+    """Owns the ledger."""
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: Any) -> None:
+        self.resolved: ResolvedConfig = resolve_for_engine(vllm_config, kv_cache_config)
+        resolved, config = self.resolved, self.resolved.config
+        scheduler = vllm_config.scheduler_config
+        limits = Limits(
+            block_size=resolved.block_size,
+            sink_blocks=resolved.sink_blocks,
+            recent_tokens=config.recent_window,
+            working_set_blocks=resolved.working_set_blocks,
+            rows_per_page=resolved.rows_per_page,
+            min_context_tokens=config.min_context_tokens,
+            copy_blocks_per_step=max(1, scheduler.max_num_batched_tokens // resolved.block_size),
+            num_slots=scheduler.max_num_seqs,
+            stay_dense_when_covered=config.stay_dense_when_covered,
+            wait_for_pages=config.on_pool_full == "wait",
+        )
+        self._service = SegmentationService(
+            config.segmenter,
+            load_vocabulary(vllm_config),
+            min_sentence_tokens=config.min_sentence_tokens,
+            max_sentence_tokens=config.max_sentence_tokens,
+            fixed_length=config.fixed_sentence_tokens,
+        )
+        self._segmentation = PacedSegmentation(self._service)
+        self.ledger = Ledger(limits, PagePool(resolved.num_pages), self._segmentation)
+        self._manager: SentenceKVManager | None = None
+        self._reported: dict[Reason, int] = {}
+
+    def bind(self, kv_cache_manager: Any) -> None:
+        managers = kv_cache_manager.coordinator.single_type_managers
+        if len(managers) != 1 or not isinstance(managers[0], SentenceKVManager):
+            raise ValueError(
+                "sentencekv needs one KV cache group of full-attention layers, found "
+                f"{[type(m).__name__ for m in managers]}: hybrid and sliding-window models are "
+                "not supported. Use another attention backend for this model."
+            )
+        self._manager = managers[0]
+        self._manager.bind(self.ledger)
+
+    def add(self, request: Any) -> None:
+        """A request has arrived; a bad option was refused before it got here."""
+        reason, options, keeps_all = Reason.SHORT_CONTEXT, None, False
+        if request.prompt_token_ids is None or getattr(request, "resumable", False):
+            reason = Reason.UNSUPPORTED_INPUT
+        else:
+            reason, options, keeps_all = self._options(request)
+        self.ledger.add(
+            RequestState(
+                request_id=request.request_id,
+                request=request,
+                tokens=lambda a, b: np.asarray(request.all_token_ids[a:b], np.int32),
+                options=options,
+                keeps_all=keeps_all,
+                reason=reason,
+            )
+        )
+
+    def _options(self, request: Any) -> tuple[Reason, DecodeOptions | None, bool]:
+        params = request.sampling_params
+        extra = params.extra_args if params is not None else None
+        try:
+            wanted = RequestOptions.parse(extra, self.resolved)
+        except RequestOptionsError as error:
+            logger.warning("request %s decodes densely: %s", request.request_id, error)
+            return Reason.SWITCHED_OFF, None, False
+        if not wanted.enabled:
+            return Reason.SWITCHED_OFF, None, False
+        policy = wanted.policy
+        if policy.keeps_all and self.resolved.config.stay_dense_when_covered:
+            return Reason.POLICY_FULL, None, False
+        options = DecodeOptions(
+            index_kind=int(policy.index or 0),
+            reduce=int(policy.reduce),
+            retention=policy.retention,
+            running_mean_query=policy.query == "running_mean",
+            budget_blocks=wanted.budget_blocks,
+            seed=(params.seed or 0) % 2**31 if params is not None else 0,
+        )
+        return Reason.SHORT_CONTEXT, options, policy.keeps_all
+
+    def message(self, scheduler_output: Any) -> StepMessage:
+        assert self._manager is not None, "bound before the first step"
+        scheduled = {r.req_id: r.num_computed_tokens for r in scheduler_output.scheduled_new_reqs}
+        cached = scheduler_output.scheduled_cached_reqs
+        scheduled.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        self._segmentation.step_scheduled(scheduler_output.total_num_scheduled_tokens)
+        return self.ledger.take_message(scheduled, self._manager.block_id)
+
+    def summary(self, request_id: str) -> dict[str, Any] | None:
+        state = self.ledger.states.get(request_id)
+        return None if state is None else {"sentencekv": state.summary()}
+
+    def stats(self) -> dict[str, int]:
+        """Levels, and what has been counted since the last call."""
+        data = self.ledger.gauges()
+        for reason, count in self.ledger.finished.items():
+            new = count - self._reported.get(reason, 0)
+            if new:
+                data[f"{REASON_PREFIX}{reason}"] = new
+                self._reported[reason] = count
+        return data
+
+    def close(self) -> None:
+        self._service.close()
