@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels, compiled for the host from the same source, against their definitions."""
+"""The CUDA kernels against their definitions: compiled for the host, and on a GPU.
+
+Both run the same source; the host version needs g++ only (see csrc/host_cuda).
+"""
 
 from __future__ import annotations
 
 import shutil
 import signal
 import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +20,11 @@ from torch import Tensor
 
 from sentencekv_vllm.ops.cuda import Launcher, load
 from sentencekv_vllm.ops.cuda_build import cuda_sources
+from sentencekv_vllm.ops.custom_ops import SCHEMAS, launcher
 from sentencekv_vllm.ops.native_build import build, csrc_dir
 from sentencekv_vllm.ops.resolve_residency import resolve_residency
 from sentencekv_vllm.ops.swap_blocks import swap_in
 from sentencekv_vllm.types import LayerPools, Residency, Selection, SparseBatch
-
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 UNTOUCHED = -7  # what buffers hold where nothing may be written
 
@@ -34,10 +38,42 @@ def host_command(sources, output: Path) -> list[str]:
     ]
 
 
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
 @pytest.fixture(scope="module")
-def cuda() -> Launcher:
+def host_kernels() -> Launcher:
     folders = [csrc_dir() / "host_cuda", csrc_dir() / "include"]
     return Launcher(load(build("sentencekv_cuda_host", cuda_sources(), host_command, folders)))
+
+
+IN_HOST_MEMORY = {"gather_misses": (0,), "copy_pages": (0,), "copy_page_runs": (0, 2)}
+
+
+class GpuLauncher:
+    """A launcher for CPU tensors that runs on the GPU: there, and back in place."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def call(*tensors: Tensor) -> None:
+            stays = IN_HOST_MEMORY.get(name, ())
+            moved = [x.pin_memory() if i in stays else x.cuda() for i, x in enumerate(tensors)]
+            getattr(launcher(), name)(*moved)
+            torch.cuda.synchronize()
+            for before, after in zip(tensors, moved, strict=True):
+                before.copy_(after)
+
+        return call
+
+
+@pytest.fixture(
+    params=[pytest.param("host", marks=needs_gxx), pytest.param("gpu", marks=needs_gpu)]
+)
+def cuda(request: pytest.FixtureRequest) -> Launcher | GpuLauncher:
+    return request.getfixturevalue("host_kernels") if request.param == "host" else GpuLauncher()
 
 
 @dataclass
@@ -119,12 +155,12 @@ def make_buffers(selection: Selection, width: int) -> Buffers:
     )
 
 
-def resolve(cuda: Launcher, world: World, selection: Selection, out: Buffers) -> None:
+def resolve(cuda: Launcher | GpuLauncher, world: World, selection: Selection, out: Buffers) -> None:
     batch, pools = world.batch, world.pools
     cuda.resolve_residency(
         selection.blocks, batch.pages, batch.private_blocks, batch.budget_blocks,
         batch.history_lo, torch.tensor([batch.step], dtype=torch.int32), pools.page_slot,
-        pools.slot_page, pools.slot_stamp, **vars(out),
+        pools.slot_page, pools.slot_stamp, *vars(out).values(),
     )  # fmt: skip
 
 
@@ -257,6 +293,53 @@ def test_a_head_block_of_odd_size_is_refused_by_the_launcher(cuda) -> None:
         cuda.gather_misses(world.pools.host, world.pools.cache, misses, misses[..., 0, 0] + 1)
 
 
+@needs_gxx
+class TestCustomOps:
+    """The torch ops say what they write, here with the host's kernels behind them."""
+
+    @pytest.fixture(autouse=True)
+    def on_cpu(self, host_kernels) -> Iterator[None]:
+        with torch.library._scoped_library("sentencekv", "IMPL") as ops:
+            for name in SCHEMAS:
+                ops.impl(name, getattr(host_kernels, name), "CPU")
+            yield
+
+    @pytest.mark.parametrize("name", ["copy_pages", "copy_page_runs"])
+    def test_page_copies(self, name) -> None:
+        pairs = torch.tensor([(0, 1)], dtype=torch.int32)
+        arguments = (torch.randn(2, 1, 1, 4), torch.zeros(2, 1, 1, 4), pairs)
+        torch.library.opcheck(getattr(torch.ops.sentencekv, name).default, arguments)
+
+    def test_gather_misses(self) -> None:
+        misses = torch.tensor([(0, 0, 1)], dtype=torch.int32).view(1, 1, 1, 3)
+        arguments = (torch.randn(2, 1, 1, 4), torch.zeros(2, 1, 1, 4), misses,
+                     torch.ones(1, 1, dtype=torch.int32))  # fmt: skip
+        torch.library.opcheck(torch.ops.sentencekv.gather_misses.default, arguments)
+
+    def test_resolve_residency(self) -> None:
+        world = make_world(2, 3, 20, 5, 4, seed=1)
+        world.batch.budget_blocks.fill_(5)
+        selection = select(world, 5, 0.0, torch.Generator().manual_seed(2))
+        op = torch.ops.sentencekv.resolve_residency.default
+        calls = []
+        ops = SimpleNamespace(resolve_residency=lambda *arguments: calls.append(arguments))
+        resolve(ops, world, selection, make_buffers(selection, 24))
+        torch.library.opcheck(op, calls[0])
+
+    def test_a_compiled_caller_sees_the_copy_before_it_reads(self) -> None:
+        def swap_then_sum(host, cache, misses, counts):
+            before = cache.sum()
+            torch.ops.sentencekv.gather_misses(host, cache, misses, counts)
+            return cache.sum() - before
+
+        misses = torch.tensor([(0, 0, 1)], dtype=torch.int32).view(1, 1, 1, 3)
+        compiled = torch.compile(swap_then_sum, backend="aot_eager", fullgraph=True)
+        result = compiled(torch.ones(2, 1, 1, 4), torch.zeros(2, 1, 1, 4), misses,
+                          torch.ones(1, 1, dtype=torch.int32))  # fmt: skip
+        assert result == 4
+
+
+@needs_gxx
 def test_the_emulation_notices_a_barrier_that_some_threads_miss(tmp_path) -> None:
     source = tmp_path / "divergent.cpp"
     source.write_text(

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels as `torch.ops.sentencekv.*`.
+
+The schemas declare what is written, so that torch.compile keeps the calls in order and CUDA
+graphs may hold them. Arguments: see `ops.cuda.Launcher`. Import this file to register them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from .cuda import Launcher, library
+
+SCHEMAS = {
+    "resolve_residency": (
+        "(Tensor blocks, Tensor pages, Tensor private_blocks, Tensor budget_blocks, "
+        "Tensor history_lo, Tensor step, Tensor(a!) page_slot, Tensor(b!) slot_page, "
+        "Tensor(c!) slot_stamp, Tensor(d!) head_tables, Tensor(e!) misses, "
+        "Tensor(f!) miss_counts, Tensor(g!) hit_totals, Tensor(h!) miss_totals) -> ()"
+    ),
+    "gather_misses": "(Tensor host, Tensor(a!) cache, Tensor misses, Tensor miss_counts) -> ()",
+    "copy_pages": "(Tensor source, Tensor(a!) target, Tensor pairs) -> ()",
+    "copy_page_runs": "(Tensor source, Tensor(a!) target, Tensor pairs) -> ()",
+}
+
+
+@cache
+def launcher() -> Launcher:
+    """The kernels built with nvcc.
+
+    Raises:
+        RuntimeError: they could not be built; the log says why. Ask `cuda.library()` first.
+    """
+    built = library()
+    if built is None:
+        raise RuntimeError(
+            "the CUDA kernels could not be built (see the log): install nvcc and set CUDA_HOME, "
+            "or use the Triton kernels"
+        )
+    return Launcher(built)
+
+
+def _launch(name: str) -> Callable[..., None]:
+    return lambda *args: getattr(launcher(), name)(*args)
+
+
+def _fake(*_: object) -> None:
+    """The ops return nothing, so that their fake versions do nothing."""
+
+
+_ops: Any = torch.library.Library("sentencekv", "FRAGMENT")
+for _name, _schema in SCHEMAS.items():
+    _ops.define(_name + _schema)
+    _ops.impl(_name, _launch(_name), "CUDA")
+    torch.library.register_fake(f"sentencekv::{_name}", _fake, lib=_ops)
