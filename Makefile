@@ -2,6 +2,7 @@
 # On a machine with CUDA: make install EXTRAS=cuda,test
 PYTHON ?= python3
 EXTRAS ?= cpu,test
+BENCH ?= serving
 VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
@@ -31,5 +32,6 @@ lint: install
 demo: install
 	$(BIN)/python -P -m sentencekv_vllm.demo
 
+# make bench BENCH=kernels, or another file of benchmarks/
 bench: install
-	$(BIN)/python -P -m benchmarks
+	$(BIN)/python -P benchmarks/$(BENCH).py $(BENCH_FLAGS)
