@@ -7,9 +7,10 @@ from typing import Any
 
 import vllm
 from vllm.config import KVTransferConfig
+from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 
-from ..request_options import RequestOptions
+from ..request_options import RequestOptions, RequestOptionsError
 from ..resolved import ResolvedConfig, resolve
 from .resolve import user_config
 
@@ -151,16 +152,19 @@ def resolved_config(vllm_config: Any) -> ResolvedConfig:
 
 
 def check_request_options(vllm_config: Any, extra_args: dict[str, Any] | None) -> None:
-    """Raise `RequestOptionsError` for a bad override, in the API process: that request alone."""
+    """Refuse a bad override in the API process: that request alone fails, with status 400."""
     if extra_args:
-        RequestOptions.parse(extra_args, resolved_config(vllm_config))
+        try:
+            RequestOptions.parse(extra_args, resolved_config(vllm_config))
+        except RequestOptionsError as error:
+            raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
 
 
 def check_prompt_fits(vllm_config: Any, prompt_len: int) -> None:
     """Refuse a prompt that the GPU pool can never hold; vLLM's queue would wait for ever.
 
     Raises:
-        ValueError: with the number of blocks needed and present.
+        VLLMValidationError: with the number of blocks needed and present; status 400.
     """
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     if not cache.num_gpu_blocks:
@@ -169,9 +173,11 @@ def check_prompt_fits(vllm_config: Any, prompt_len: int) -> None:
     usable = cache.num_gpu_blocks // engines - 1  # one is vLLM's null block
     needed = -(-prompt_len // cache.block_size)
     if needed > usable:
-        raise ValueError(
+        raise VLLMValidationError(
             f"the prompt has {prompt_len} tokens and needs {needed} KV blocks of "
             f"{cache.block_size}, the pool has {usable}: send at most "
             f"{usable * cache.block_size} tokens, or start the server with more KV memory "
-            "(--gpu-memory-utilization, --kv-cache-memory-bytes)"
+            "(--gpu-memory-utilization, --kv-cache-memory-bytes)",
+            parameter="prompt",
+            value=prompt_len,
         )
