@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random layers and batches for the kernels; Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() and "triton" not in sys.modules:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton's functions are defined
+
+from sentencekv_vllm.ops.pack_keys import pack_keys  # noqa: E402 (after the switch above)
+from sentencekv_vllm.ops.rotation import rotation  # noqa: E402 (after the switch above)
+from sentencekv_vllm.types import (  # noqa: E402 (after the switch above)
+    Geometry,
+    IndexKind,
+    LayerPools,
+    Reduce,
+    SparseBatch,
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request of a batch. Sentences are drawn at random unless `ends` gives them."""
+
+    tokens: int = 577
+    budget: int = 6
+    sinks: int = 1
+    recent: int = 2
+    kind: IndexKind = IndexKind.TOKEN_BITS
+    reduce: Reduce = Reduce.SOFTMAX_MEAN
+    retention: float = 0.0
+    ends: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    geometry: Geometry
+    pools: LayerPools
+    batch: SparseBatch
+    query: torch.Tensor  # [S, H * G, D]
+    rotation: torch.Tensor  # [D, D]
+
+    def to(self, device: str) -> Case:
+        """A copy on `device`; the swap pool stays in (pinned) host memory."""
+
+        def move(record: Any) -> Any:
+            tensors = {
+                field.name: value.to(device, copy=True)
+                for field in fields(record)
+                if isinstance(value := getattr(record, field.name), torch.Tensor)
+            }
+            if device != "cpu" and "host" in tensors:
+                tensors["host"] = record.host.clone().pin_memory()
+            return replace(record, **tensors)
+
+        return Case(
+            self.geometry,
+            move(self.pools),
+            move(self.batch),
+            self.query.to(device),
+            self.rotation.to(device),
+        )
+
+
+def draw_ends(row: Row, generator: torch.Generator) -> tuple[int, ...]:
+    if row.ends is not None:
+        return row.ends
+    lengths = torch.randint(1, 18, (row.tokens,), generator=generator).cumsum(0)
+    return (*lengths[lengths < row.tokens].tolist(), row.tokens) if row.tokens else ()
+
+
+def make_case(
+    *rows: Row,
+    head_dim: int = 64,
+    heads: int = 2,
+    group: int = 4,
+    block_size: int = 16,
+    private: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> Case:
+    """A layer in which every request of `rows` is fully indexed; memory of no one is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    ends = [draw_ends(row, generator) for row in rows]
+    counts = [row.tokens // block_size for row in rows]
+    max_pages, max_sentences = max(1, *counts), max(1, *map(len, ends))
+    num_pages, num_blocks, m = sum(counts) + 3, len(rows) * private + 2, block_size
+    geometry = Geometry(
+        1, heads, group, head_dim, block_size, rows_per_page=m, scale=head_dim**-0.5
+    )
+    turn = rotation(head_dim)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    host = normal(num_pages, heads, block_size, 2 * head_dim)
+    bits, scales = pack_keys(host[..., :head_dim], turn)
+    centroids = normal(num_pages * m, heads, head_dim).to(torch.bfloat16)
+    order = torch.randperm(num_pages, generator=generator).int()
+    pages = torch.zeros(len(rows), max_pages, dtype=torch.int32)
+    row_pages = torch.zeros(len(rows), -(-max_sentences // m), dtype=torch.int32)
+    sentence_ends = torch.zeros(len(rows), max_sentences, dtype=torch.int32)
+    used = 0
+    for s, count in enumerate(counts):
+        pages[s, :count] = order[used : used + count]
+        need = -(-len(ends[s]) // m)
+        row_pages[s, :need] = order[used : used + need]
+        sentence_ends[s, : len(ends[s])] = torch.tensor(ends[s], dtype=torch.int32)
+        used += count
+    scales[order[used:]] = float("nan")
+    centroids.unflatten(0, (num_pages, m))[order[used:]] = float("nan")
+    lo = [min(row.sinks, count) for row, count in zip(rows, counts, strict=True)]
+    hi = [
+        max(start, count - row.recent) for row, count, start in zip(rows, counts, lo, strict=True)
+    ]
+    blocks = torch.randperm(num_blocks, generator=generator).int()[: len(rows) * private]
+    kept = torch.randint(0, 2, (num_pages * m, heads), generator=generator).to(torch.uint8)
+
+    def column(values: list[Any], kind: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.tensor(values, dtype=kind)
+
+    batch = SparseBatch(
+        pages=pages,
+        num_pages=column(counts),
+        row_pages=row_pages,
+        sentence_ends=sentence_ends,
+        num_sentences=column([len(e) for e in ends]),
+        history_lo=column(lo),
+        history_hi=column(hi),
+        budget_blocks=column([min(r.budget, b - a) for r, a, b in zip(rows, lo, hi, strict=True)]),
+        private_blocks=blocks.reshape(len(rows), private),
+        index_kind=column([int(row.kind) for row in rows]),
+        reduce=column([int(row.reduce) for row in rows]),
+        retention=column([row.retention for row in rows], torch.float32),
+        seed=column([7 * s - 3 for s in range(len(rows))]),
+        step=5,
+    )
+    pools = LayerPools(
+        cache=torch.full((num_blocks, heads, block_size, 2 * head_dim), float("nan"), dtype=dtype),
+        host=host,
+        bits=bits,
+        scales=scales,
+        centroids=centroids,
+        kept=kept,
+        page_slot=torch.full((num_pages, heads), -1, dtype=torch.int32),
+        slot_page=torch.full((num_blocks, heads), -1, dtype=torch.int32),
+        slot_stamp=torch.full((num_blocks, heads), -1, dtype=torch.int32),
+    )
+    return Case(geometry, pools, batch, normal(len(rows), heads * group, head_dim), turn)
+
+
+@pytest.fixture
+def build():
+    """`build(*rows, head_dim=..., ...)` -> Case on the CPU; rows come from `build.row(...)`."""
+    make_case.row = Row  # type: ignore[attr-defined]  # test modules cannot import this file
+    return make_case
+
+
+@pytest.fixture
+def kernels() -> str:
+    """Device on which Triton kernels run here: native on CUDA, interpreted on the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton was imported before tests/ops: run `pytest tests/ops` on its own")
+    return "cpu"
+
+
+def make_workspace(case: Case, device: str) -> Any:
+    """A workspace larger than the batch, poisoned where it holds no state."""
+    from sentencekv_vllm.triton_kernels.ordered import LOWEST
+    from sentencekv_vllm.triton_kernels.workspace import Workspace
+
+    batch = case.batch
+    requests, pages = batch.pages.shape
+    work = Workspace.allocate(
+        case.geometry,
+        requests + 1,
+        pages + 2,
+        batch.sentence_ends.shape[1] + 5,
+        batch.private_blocks.shape[1],
+        torch.device(device),
+    )
+    for field in fields(work):
+        buffer = getattr(work, field.name)
+        buffer.fill_(float("nan") if buffer.is_floating_point() else 99)
+    work.best.fill_(LOWEST)
+    work.step.fill_(batch.step)
+    work.num_misses.zero_()
+    return work
+
+
+@pytest.fixture
+def workspace():
+    """`workspace(case, device)` -> poisoned Workspace."""
+    return make_workspace
