@@ -81,9 +81,7 @@ def score_sentences(
             levels, step = quantize_query(grouped[s], rotation)  # [H, G, D], [H, G]
             dots = (levels.int()[:, :, None] * signs.int()[:, None]).sum(-1)  # [H, G, T]
             logits = (geometry.scale * step)[..., None] * (dots.float() * scale[:, None])
-            best = [
-                logits[..., max(starts[i], lo) : min(ends[i], hi)].amax(-1) for i in touches
-            ]
+            best = [logits[..., max(starts[i], lo) : min(ends[i], hi)].amax(-1) for i in touches]
             sentence = torch.stack(best, -1)  # [H, G, touched]
             resident = torch.cat((logits[..., :lo], logits[..., hi:]), -1)
         else:
