@@ -27,11 +27,13 @@ class ResolveResidencyArgs(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in (
-            "blocks", "pages", "private_blocks", "budget_blocks", "history_lo", "step",
-            "page_slot", "slot_page", "slot_stamp", "head_tables", "misses", "miss_counts",
-            "hit_totals", "miss_totals",
+            "blocks", "coverage", "pages", "private_blocks", "budget_blocks", "history_lo",
+            "step", "page_slot", "slot_page", "slot_stamp", "head_tables", "misses",
+            "miss_counts", "hit_totals", "miss_totals", "coverage_totals",
         )),
-        *((name, c_int64) for name in ("pages_stride", "table_width")),
+        *((name, c_int64) for name in (
+            "pages_stride", "private_stride", "table_stride", "table_head_stride",
+        )),
         *((name, c_int32) for name in ("num_requests", "num_heads", "max_blocks", "num_slots")),
     )  # fmt: skip
 
@@ -85,8 +87,8 @@ def library() -> ctypes.CDLL | None:
 class Launcher:
     """Checks tensors and calls the C ABI on the current stream of their device.
 
-    Every tensor is contiguous, int32 unless said otherwise, and on the GPU; the current device
-    is theirs. Nothing is allocated and nothing waits.
+    Tensors are int32, contiguous and on the GPU unless said otherwise; the current device is
+    theirs. Nothing is allocated on the device and nothing waits.
     """
 
     def __init__(self, lib: ctypes.CDLL) -> None:
@@ -95,6 +97,7 @@ class Launcher:
     def resolve_residency(
         self,
         blocks: Tensor,
+        coverage: Tensor,
         pages: Tensor,
         private_blocks: Tensor,
         budget_blocks: Tensor,
@@ -108,33 +111,44 @@ class Launcher:
         miss_counts: Tensor,
         hit_totals: Tensor,
         miss_totals: Tensor,
+        coverage_totals: Tensor,
     ) -> None:
         """See `ops.resolve_residency`; the misses of request s and KV head h, in order of the
         selection, are `misses[s, h, : miss_counts[s, h]]`, rows (page, KV head, block).
 
         Args:
-            blocks: [S, H, K]; pages: [S, max_pages]; private_blocks: [S, R], K <= R.
+            blocks: [>= S, H, K]; coverage: [>= S, H] float32.
+            pages: [S, max_pages]; private_blocks: [S, R], K <= R; rows may lie apart.
             budget_blocks, history_lo: [S]; step: [1].
-            page_slot: [P, H]; slot_page, slot_stamp: [B, H]; head_tables: [S, H, W];
-            misses: [S, H, K, 3]; miss_counts: [S, H]; all written.
-            hit_totals, miss_totals: [S] int64, added to.
+            page_slot: [P, H]; slot_page, slot_stamp: [B, H]; all written.
+            head_tables: [S, H, W], written as in `LayerOps.decode_layer`; rows may lie apart.
+            misses: [>= S, H, K, 3]; miss_counts: [>= S, H]; written.
+            hit_totals, miss_totals: [S] int64; coverage_totals: [S] float32; added to.
         """
-        num_requests, num_heads, max_blocks = blocks.shape
-        num_slots = private_blocks.shape[1]
+        num_requests, num_slots = private_blocks.shape
+        num_heads, max_blocks = blocks.shape[1:]
         assert max_blocks <= num_slots, (
             f"a request has {num_slots} slots and may select {max_blocks} blocks: "
             f"the working set needs at least {max_blocks}"
         )
-        assert misses.shape == (*blocks.shape, 3) and miss_counts.shape == blocks.shape[:2]
-        tensors = (
-            *(blocks, pages, private_blocks, budget_blocks, history_lo, step),
-            *(page_slot, slot_page, slot_stamp, head_tables, misses, miss_counts),
+        assert misses.shape == (*blocks.shape, 3) and miss_counts.shape == coverage.shape
+        rows = (pages, private_blocks, head_tables)
+        whole = (
+            *(blocks, budget_blocks, history_lo, step),
+            *(page_slot, slot_page, slot_stamp, misses, miss_counts),
         )
-        assert all(t.dtype == torch.int32 and t.is_contiguous() for t in tensors)
+        assert all(t.dtype == torch.int32 for t in (*rows, *whole))
+        assert all(t.stride(-1) == 1 for t in rows) and all(t.is_contiguous() for t in whole)
         assert hit_totals.dtype == miss_totals.dtype == torch.int64
+        assert coverage.dtype == coverage_totals.dtype == torch.float32
+        tensors = (
+            *(blocks, coverage, pages, private_blocks, budget_blocks, history_lo, step),
+            *(page_slot, slot_page, slot_stamp, head_tables, misses, miss_counts),
+            *(hit_totals, miss_totals, coverage_totals),
+        )
         args = ResolveResidencyArgs(
-            *(t.data_ptr() for t in (*tensors, hit_totals, miss_totals)),
-            *(pages.shape[1], head_tables.shape[2]),
+            *(t.data_ptr() for t in tensors),
+            *(pages.stride(0), private_blocks.stride(0), *head_tables.stride()[:2]),
             *(num_requests, num_heads, max_blocks, num_slots),
         )
         self._call("resolve_residency", args, blocks)

@@ -17,10 +17,11 @@ from .cuda import Launcher, library
 
 SCHEMAS = {
     "resolve_residency": (
-        "(Tensor blocks, Tensor pages, Tensor private_blocks, Tensor budget_blocks, "
-        "Tensor history_lo, Tensor step, Tensor(a!) page_slot, Tensor(b!) slot_page, "
-        "Tensor(c!) slot_stamp, Tensor(d!) head_tables, Tensor(e!) misses, "
-        "Tensor(f!) miss_counts, Tensor(g!) hit_totals, Tensor(h!) miss_totals) -> ()"
+        "(Tensor blocks, Tensor coverage, Tensor pages, Tensor private_blocks, "
+        "Tensor budget_blocks, Tensor history_lo, Tensor step, Tensor(a!) page_slot, "
+        "Tensor(b!) slot_page, Tensor(c!) slot_stamp, Tensor(d!) head_tables, "
+        "Tensor(e!) misses, Tensor(f!) miss_counts, Tensor(g!) hit_totals, "
+        "Tensor(h!) miss_totals, Tensor(i!) coverage_totals) -> ()"
     ),
     "gather_misses": "(Tensor host, Tensor(a!) cache, Tensor misses, Tensor miss_counts) -> ()",
     "copy_pages": "(Tensor source, Tensor(a!) target, Tensor pairs) -> ()",

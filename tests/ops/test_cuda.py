@@ -10,12 +10,13 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sentencekv_vllm.ops.cuda import Launcher, load
@@ -130,7 +131,7 @@ def select(world: World, k_max: int, locality: float, g: torch.Generator) -> Sel
             weight[: budget + 2] += 10 * locality
             chosen = torch.multinomial(weight, budget, generator=g) + lo if budget else []
             blocks[s, h, :budget] = torch.as_tensor(chosen, dtype=torch.int32).sort().values
-    return Selection(blocks, torch.zeros(requests, heads))
+    return Selection(blocks, torch.rand(requests, heads, generator=g))
 
 
 @dataclass
@@ -142,6 +143,7 @@ class Buffers:
     miss_counts: Tensor
     hit_totals: Tensor
     miss_totals: Tensor
+    coverage_totals: Tensor
 
 
 def make_buffers(selection: Selection, width: int) -> Buffers:
@@ -152,14 +154,15 @@ def make_buffers(selection: Selection, width: int) -> Buffers:
         torch.full((requests, heads), UNTOUCHED, dtype=torch.int32),
         torch.zeros(requests, dtype=torch.int64),
         torch.zeros(requests, dtype=torch.int64),
+        torch.ones(requests),
     )
 
 
 def resolve(cuda: Launcher | GpuLauncher, world: World, selection: Selection, out: Buffers) -> None:
     batch, pools = world.batch, world.pools
     cuda.resolve_residency(
-        selection.blocks, batch.pages, batch.private_blocks, batch.budget_blocks,
-        batch.history_lo, torch.tensor([batch.step], dtype=torch.int32), pools.page_slot,
+        selection.blocks, selection.coverage, batch.pages, batch.private_blocks,
+        batch.budget_blocks, batch.history_lo, torch.tensor([batch.step], dtype=torch.int32), pools.page_slot,
         pools.slot_page, pools.slot_stamp, *vars(out).values(),
     )  # fmt: skip
 
@@ -195,7 +198,7 @@ def test_many_steps_of_lru_equal_the_definition(
     steps = 3 if slots > 200 else 12
     missed = 0
     for step in range(steps):
-        batch = SparseBatch(**{**vars(mine.batch), "step": step * 3})
+        batch = replace(mine.batch, step=step * 3)
         mine.batch = reference.batch = batch
         selection = select(mine, max(budgets), locality, g)
         residency = resolve_residency(reference.pools, batch, selection)
@@ -213,9 +216,26 @@ def test_many_steps_of_lru_equal_the_definition(
         assert bool((out.misses[unused] == UNTOUCHED).all())
         assert torch.equal(out.miss_totals, out.miss_counts.sum(1, dtype=torch.int64))
         assert torch.equal(out.hit_totals + out.miss_totals, batch.budget_blocks.long() * heads)
+        torch.testing.assert_close(out.coverage_totals, 1 + selection.coverage.mean(1))
         missed += len(residency.misses)
     if locality and slots > max(budgets) > 1:
         assert missed < steps * heads * sum(budgets), "the run has hits as well as misses"
+
+
+def test_rows_of_the_inputs_and_tables_may_lie_apart(cuda) -> None:
+    world = make_world(3, 2, 30, 9, 4, seed=3)
+    world.batch.budget_blocks.copy_(torch.tensor([9, 4, 0]))
+    selection = select(world, 9, 0.0, torch.Generator().manual_seed(4))
+    plain, apart = make_buffers(selection, 34), make_buffers(selection, 34)
+    apart.head_tables = torch.full((3, 4, 40), UNTOUCHED, dtype=torch.int32)[:, :2, :34]
+    other = world.copy()
+    batch = world.batch
+    wide = [F.pad(x, (0, 5), value=10**6) for x in (batch.pages, batch.private_blocks)]
+    other.batch = replace(batch, pages=wide[0][:, :-5], private_blocks=wide[1][:, :-5])
+    resolve(cuda, world, selection, plain)
+    resolve(cuda, other, selection, apart)
+    for name in vars(plain):
+        assert torch.equal(getattr(plain, name), getattr(apart, name)), name
 
 
 @pytest.mark.parametrize("numel", [4, 124, 512, 2048, 2052], ids=lambda n: f"{4 * n}B")
@@ -225,7 +245,7 @@ def test_gathered_head_blocks_equal_the_definition_and_nothing_else_is_written(c
     reference = world.copy()
     g = torch.Generator().manual_seed(8)
     for step in range(3):
-        world.batch = SparseBatch(**{**vars(world.batch), "step": step})
+        world.batch = replace(world.batch, step=step)
         selection = select(world, 21, 0.5, g)
         out = make_buffers(selection, 44)
         resolve(cuda, world, selection, out)

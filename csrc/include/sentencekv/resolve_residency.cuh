@@ -9,10 +9,12 @@
 
 namespace sentencekv {
 
-/// S requests, H KV heads, K selected head-blocks at most, R slots per request, W columns.
+/// S requests, H KV heads, K selected head-blocks at most, R slots per request.
+/// Strides are in elements; where none is named, rows are contiguous.
 struct ResolveResidencyArgs {
   const int32_t* blocks;          // [S, H, K] selected history blocks, ascending
-  const int32_t* pages;           // [S, pages_stride] page of each history block
+  const float* coverage;          // [S, H]
+  const int32_t* pages;           // [S, .] page of each history block
   const int32_t* private_blocks;  // [S, R]
   const int32_t* budget_blocks;   // [S] at most K
   const int32_t* history_lo;      // [S] first column of the table that is written
@@ -20,12 +22,13 @@ struct ResolveResidencyArgs {
   int32_t* page_slot;             // [P, H]
   int32_t* slot_page;             // [B, H]
   int32_t* slot_stamp;            // [B, H]
-  int32_t* head_tables;           // [S, H, W] of slot * H + h
+  int32_t* head_tables;           // [S, H, .] of slot * H + h
   int32_t* misses;                // [S, H, K, 3] rows (page, KV head, block), in selection order
   int32_t* miss_counts;           // [S, H] rows of `misses` that are valid
   unsigned long long* hit_totals;   // [S] added to
   unsigned long long* miss_totals;  // [S] added to
-  int64_t pages_stride, table_width;
+  float* coverage_totals;           // [S] added to: the mean over KV heads
+  int64_t pages_stride, private_stride, table_stride, table_head_stride;
   int32_t num_requests, num_heads, max_blocks, num_slots;
 };
 
@@ -52,8 +55,9 @@ __global__ void __launch_bounds__(kMaxResolveThreads)
   const int64_t region = static_cast<int64_t>(s) * heads + h;
   const int32_t* blocks = a.blocks + region * a.max_blocks;
   const int32_t* pages = a.pages + s * a.pages_stride;
-  const int32_t* private_blocks = a.private_blocks + static_cast<int64_t>(s) * a.num_slots;
-  int32_t* table = a.head_tables + region * a.table_width + a.history_lo[s];
+  const int32_t* private_blocks = a.private_blocks + s * a.private_stride;
+  int32_t* table =
+      a.head_tables + s * a.table_stride + h * a.table_head_stride + a.history_lo[s];
   const int budget = a.budget_blocks[s], step = *a.step;
   const auto at = [heads, h](int row) { return static_cast<int64_t>(row) * heads + h; };
 
@@ -77,6 +81,11 @@ __global__ void __launch_bounds__(kMaxResolveThreads)
     a.miss_counts[region] = num_missing;
     atomicAdd(&a.hit_totals[s], static_cast<unsigned long long>(budget - num_missing));
     atomicAdd(&a.miss_totals[s], static_cast<unsigned long long>(num_missing));
+    if (h == 0) {
+      float sum = 0;
+      for (int other = 0; other < heads; ++other) sum += a.coverage[region + other];
+      a.coverage_totals[s] += sum / heads;
+    }
   }
   if (num_missing == 0) return;
 
