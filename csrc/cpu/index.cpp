@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// ops/index_pages.py and ops/index_sentences.py.
+#include <cmath>
+#include <cstring>
+
+#include "args.hpp"
+#include "buffer.hpp"
+#include "element.hpp"
+#include "parallel.hpp"
+#include "rotate.hpp"
+
+namespace sentencekv::cpu {
+namespace {
+
+// rotated [D, N] -> bits [D / 8, N] and scales [N].
+void pack(const float* rotated, int64_t dim, int64_t n, uint8_t* bits, uint16_t* scales) {
+  for (int64_t i = 0; i < dim / 8; ++i)
+    for (int64_t t = 0; t < n; ++t) {
+      uint32_t byte = 0;
+      for (int64_t j = 0; j < 8; ++j)
+        byte |= static_cast<uint32_t>(rotated[(8 * i + j) * n + t] >= 0) << j;
+      bits[i * n + t] = static_cast<uint8_t>(byte);
+    }
+  for (int64_t t = 0; t < n; t += kLanes) {
+    Floats l1{}, squares{};
+    for (int64_t d = 0; d < dim; ++d) {
+      const Floats x = load_floats(rotated + d * n + t);
+      l1 += x < 0 ? -x : x;
+      squares += x * x;
+    }
+    for (int64_t k = 0; k < kLanes; ++k)
+      scales[t + k] = to_bfloat16(l1[k] > 0 ? squares[k] / l1[k] : 0.0f);
+  }
+}
+
+}  // namespace
+
+extern "C" int32_t sentencekv_cpu_hadamard_signs(const float* matrix, int64_t dim, float* signs) {
+  return hadamard_signs(matrix, dim, signs);
+}
+
+// key_offset: [D, N], element (d, t) of K, channels first.
+extern "C" void sentencekv_cpu_index_pages(const Pools* pools, const Rotation* rotation,
+                                           const int32_t* block_ids, const int32_t* page_ids,
+                                           int64_t count, const int32_t* key_offset) {
+  const int64_t heads = pools->heads, n = pools->block_size, dim = pools->head_dim;
+  parallel_for(count * heads, [&](int64_t pair) {
+    static thread_local Buffer<float> keys, rotated;
+    const int64_t page = page_ids[pair / heads], head = pair % heads;
+    const uint8_t* block = pools->cache_head(block_ids[pair / heads], head);
+    std::memcpy(pools->host_head(page, head), block,
+                static_cast<std::size_t>(pools->head_block_bytes()));
+    float* x = keys.reserve(dim * n);
+    with_elements(pools->dtype, block, [&](const auto* elements) {
+      for (int64_t i = 0; i < dim * n; ++i) x[i] = elements[key_offset[i]];
+    });
+    const float* y = rotate(*rotation, dim, n, x, rotated.reserve(dim * n));
+    const int64_t head_page = page * heads + head;
+    pack(y, dim, n, pools->bits + head_page * dim / 8 * n, pools->scales + head_page * n);
+    pools->page_slot[head_page] = -1;
+  });
+}
+
+// key_offset: [N, D], element (t, d) of K, tokens first; others as ops/index_sentences.py.
+extern "C" void sentencekv_cpu_index_sentences(const Pools* pools, const int32_t* rows,
+                                               const int32_t* spans, const int32_t* span_blocks,
+                                               int64_t count, int64_t max_span_blocks,
+                                               const int32_t* key_offset) {
+  const int64_t heads = pools->heads, n = pools->block_size, dim = pools->head_dim;
+  parallel_for(count * heads, [&](int64_t pair) {
+    static thread_local Buffer<float> buffer;
+    const int64_t i = pair / heads, head = pair % heads;
+    const int64_t first = spans[2 * i], length = spans[2 * i + 1];
+    float* sum = buffer.reserve(dim);
+    std::fill(sum, sum + dim, 0.0f);
+    for (int64_t t = first; t < first + length; ++t) {
+      const int64_t block = span_blocks[i * max_span_blocks + t / n];
+      const int32_t* offset = key_offset + t % n * dim;
+      with_elements(pools->dtype, pools->cache_head(block, head), [&](const auto* elements) {
+        for (int64_t d = 0; d < dim; ++d) sum[d] += elements[offset[d]];
+      });
+    }
+    const int64_t row = static_cast<int64_t>(rows[i]) * heads + head;
+    for (int64_t d = 0; d < dim; ++d)
+      pools->centroids[row * dim + d] = to_bfloat16(sum[d] / static_cast<float>(length));
+    pools->kept[row] = 0;
+  });
+}
+
+}  // namespace sentencekv::cpu

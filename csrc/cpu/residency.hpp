@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// ops/resolve_residency.py and ops/swap_blocks.py for one request and KV head.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "args.hpp"
+#include "scratch.hpp"
+
+namespace sentencekv::cpu {
+
+// Turns scratch.blocks (history blocks) into the head's table entries, `slot * H + h`, and lists
+// in scratch.missing the positions whose slots are still to be filled.
+inline Status resolve(const Pools& pools, const Request& request, int64_t head, Scratch& scratch,
+                      int32_t* table, int64_t& misses) {
+  const int64_t heads = pools.heads;
+  const int32_t* blocks = scratch.blocks.data();
+  int32_t* missing = scratch.missing.reserve(request.budget);
+  misses = 0;
+  for (int64_t k = 0; k < request.budget; ++k) {
+    const int64_t page = request.pages[blocks[k]];
+    const int64_t slot = pools.page_slot[page * heads + head];
+    if (slot < 0) {
+      missing[misses++] = static_cast<int32_t>(k);
+      continue;
+    }
+    table[k] = static_cast<int32_t>(slot * heads + head);
+    pools.slot_stamp[slot * heads + head] = request.step;
+  }
+  if (misses == 0) return Status::kOk;
+
+  uint64_t* victims = scratch.ranking.reserve(request.working_set);
+  int64_t available = 0;
+  for (int64_t i = 0; i < request.working_set; ++i) {
+    const int32_t stamp = pools.slot_stamp[static_cast<int64_t>(request.private_blocks[i]) * heads + head];
+    const uint64_t age = static_cast<uint32_t>(stamp) ^ 0x80000000u;  // -1 comes first
+    if (stamp != request.step) victims[available++] = age << 32 | static_cast<uint64_t>(i);
+  }
+  if (available < misses) return Status::kWorkingSetTooSmall;
+  std::partial_sort(victims, victims + misses, victims + available);
+  for (int64_t m = 0; m < misses; ++m) {
+    const int64_t block = request.private_blocks[static_cast<uint32_t>(victims[m])];
+    const int64_t page = request.pages[blocks[missing[m]]], slot = block * heads + head;
+    if (pools.slot_page[slot] >= 0) pools.page_slot[static_cast<int64_t>(pools.slot_page[slot]) * heads + head] = -1;
+    pools.slot_page[slot] = static_cast<int32_t>(page);
+    pools.page_slot[page * heads + head] = static_cast<int32_t>(block);
+    pools.slot_stamp[slot] = request.step;
+    table[missing[m]] = static_cast<int32_t>(slot);
+  }
+  return Status::kOk;
+}
+
+inline void swap_in(const Pools& pools, const Request& request, int64_t head, Scratch& scratch,
+                    const int32_t* table, int64_t misses) {
+  const int32_t* blocks = scratch.blocks.data();
+  const int32_t* missing = scratch.missing.data();
+  for (int64_t m = 0; m < misses; ++m)
+    std::memcpy(pools.cache_head(table[missing[m]] / pools.heads, head),
+                pools.host_head(request.pages[blocks[missing[m]]], head),
+                static_cast<std::size_t>(pools.head_block_bytes()));
+}
+
+}  // namespace sentencekv::cpu

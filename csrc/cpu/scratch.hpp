@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a thread keeps between (request, KV head) pairs: no allocation in steady state.
+#pragma once
+
+#include "buffer.hpp"
+#include "quantize.hpp"
+#include "scan.hpp"
+
+namespace sentencekv::cpu {
+
+constexpr int64_t kMaxGroup = 64;
+
+struct Scratch {
+  QuantizedQuery query;
+  Buffer<float> plain_query;  // [G, D]
+  ScanTables tables[(kMaxGroup + kScanHeads - 1) / kScanHeads];
+  Buffer<const uint8_t*> stripes;
+  Buffer<int16_t> dots;        // [G, tokens of a chunk]
+  Buffer<float> estimates;     // [G, tokens of a chunk]
+  Buffer<float> best;          // [G, sentences] logits before the head's factor
+  Buffer<float> resident;      // [G, tokens outside the history]
+  Buffer<float> scores, mass;  // [sentences]
+  Buffer<uint64_t> ranking;    // sort keys of sentences, then of victims
+  Buffer<uint64_t> taken;      // a bit for each history block
+  Buffer<int32_t> blocks;      // selected
+  Buffer<int32_t> missing;     // positions in `blocks`
+};
+
+}  // namespace sentencekv::cpu

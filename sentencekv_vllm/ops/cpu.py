@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused CPU ops: one C++ call per layer."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..types import Geometry, LayerPools, SparseBatch
+from . import cpu_args as args
+from .cpu_build import load_library
+from .layer_ops import DecodeOutputs
+
+Value = TypeVar("Value")
+
+FAILURES = {
+    1: "the budget is larger than what the sealed sentences cover: every history block must be "
+    "touched by a sentence of `sentence_ends`",
+    2: "the working set is smaller than one step's selection: give each request at least "
+    "`budget_blocks` private blocks",
+}
+
+
+class CpuOps:
+    """`LayerOps` in C++ (csrc/cpu), for tensors on the CPU.
+
+    Scores of TOKEN_BITS come from the same integers as the reference's; floats are summed in
+    another order. `stage_ns` is the time of all threads divided by their number.
+
+    The records are checked and turned into C structures once per object, so they must keep
+    their tensors. Not for concurrent calls from several Python threads.
+
+    Raises:
+        BuildError: the library cannot be built or loaded here.
+    """
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        library = load_library()
+        self._limit_isa = library.sentencekv_cpu_limit_isa
+        self._decode_layer = library.sentencekv_cpu_decode_layer
+        self._decode_layer.argtypes = [ctypes.c_void_p] * 5
+        self._index_pages = library.sentencekv_cpu_index_pages
+        self._index_pages.argtypes = [
+            *[ctypes.c_void_p] * 4,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+        ]
+        self._index_sentences = library.sentencekv_cpu_index_sentences
+        self._index_sentences.argtypes = [
+            *[ctypes.c_void_p] * 4,
+            *[ctypes.c_int64] * 2,
+            ctypes.c_void_p,
+        ]
+        self._hadamard_signs = library.sentencekv_cpu_hadamard_signs
+        self._hadamard_signs.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+        self._pools = _PerObject(args.bind_pools)
+        self._batch = _PerObject(args.bind_batch)
+        self._outputs = _PerObject(args.bind_outputs)
+        self._rotation = _PerObject(self._bind_rotation)
+        self._channels_first = _PerObject(_channels_first)
+        self._attention: tuple[object, ...] = (None, None, None, None)
+
+    def limit_isa(self, isa: int) -> int:
+        """Scan with at most this instruction set (0 portable, 1 AVX2, 2 AVX-512), for tests.
+
+        Returns:
+            The one in use.
+        """
+        return int(self._limit_isa(isa))
+
+    def index_pages(
+        self,
+        pools: LayerPools,
+        block_ids: Tensor,
+        page_ids: Tensor,
+        key_offset: Tensor,
+        rotation: Tensor,
+    ) -> None:
+        bound = self._pools(pools)
+        count, n, dim = len(block_ids), bound.block_size, bound.head_dim
+        blocks = args.check("block_ids", block_ids, torch.int32, (count,))
+        pages = args.check("page_ids", page_ids, torch.int32, (count,))
+        args.check("key_offset", key_offset, torch.int32, (n * dim,))
+        self._index_pages(
+            ctypes.byref(bound),
+            ctypes.byref(self._rotation(rotation, dim)),
+            blocks,
+            pages,
+            count,
+            self._channels_first(key_offset, n).data_ptr(),
+        )
+
+    def index_sentences(
+        self,
+        pools: LayerPools,
+        rows: Tensor,
+        spans: Tensor,
+        span_blocks: Tensor,
+        key_offset: Tensor,
+    ) -> None:
+        bound = self._pools(pools)
+        count = len(rows)
+        self._index_sentences(
+            ctypes.byref(bound),
+            args.check("rows", rows, torch.int32, (count,)),
+            args.check("spans", spans, torch.int32, (count, 2)),
+            args.check("span_blocks", span_blocks, torch.int32, (count, -1)),
+            count,
+            span_blocks.shape[1],
+            args.check("key_offset", key_offset, torch.int32, (bound.block_size * bound.head_dim,)),
+        )
+
+    def decode_layer(
+        self,
+        geometry: Geometry,
+        pools: LayerPools,
+        batch: SparseBatch,
+        query: Tensor,
+        rotation: Tensor,
+        out: DecodeOutputs,
+    ) -> None:
+        p, b, o = self._pools(pools), self._batch(batch), self._outputs(out)
+        attention = self._attention
+        if (
+            attention[0] is not geometry
+            or attention[1] is not rotation
+            or attention[2] is not query.dtype
+        ):
+            attention = self._bind_attention(geometry, rotation, query.dtype)
+        shape = (b.requests, p.heads * geometry.group_size, p.head_dim)
+        if query.shape != shape or not query.is_contiguous():
+            args.check("query", query, query.dtype, shape)
+        if o.requests != b.requests or o.heads != p.heads:
+            args.check("head_tables", out.head_tables, torch.int32, (b.requests, p.heads, -1))
+        status = self._decode_layer(
+            ctypes.byref(p), ctypes.byref(b), attention[3], ctypes.byref(o), query.data_ptr()
+        )
+        if status:
+            raise RuntimeError(FAILURES[status])
+
+    def _bind_rotation(self, rotation: Tensor, dim: int) -> args.Rotation:
+        matrix = args.check("rotation", rotation, torch.float32, (dim, dim))
+        signs = torch.empty(dim)
+        is_hadamard = self._hadamard_signs(matrix, dim, signs.data_ptr())
+        bound = args.Rotation(matrix, signs.data_ptr() if is_hadamard else None)
+        bound.signs_tensor = signs
+        return bound
+
+    def _bind_attention(
+        self, geometry: Geometry, rotation: Tensor, dtype: torch.dtype
+    ) -> tuple[object, ...]:
+        if geometry.group_size > args.MAX_GROUP_SIZE or dtype not in args.DTYPES:
+            raise ValueError(
+                f"queries must be bf16, fp16 or fp32 with at most {args.MAX_GROUP_SIZE} heads a "
+                f"KV head: they are {dtype} with {geometry.group_size}"
+            )
+        bound = args.Attention(
+            rotation=self._rotation(rotation, geometry.head_dim),
+            query_dtype=args.DTYPES[dtype],
+            group_size=geometry.group_size,
+            rows_per_page=geometry.rows_per_page,
+            scale=geometry.scale,
+        )
+        self._attention = (geometry, rotation, dtype, ctypes.byref(bound))
+        return self._attention
+
+
+def _channels_first(key_offset: Tensor, block_size: int) -> Tensor:
+    return key_offset.view(block_size, -1).t().contiguous()
+
+
+class _PerObject(Generic[Value]):
+    """Values that are made once per object and dropped with it."""
+
+    def __init__(self, make: Callable[..., Value]) -> None:
+        self._make = make
+        self._values: dict[int, Value] = {}
+
+    def __call__(self, key: object, *parameters: int) -> Value:
+        value = self._values.get(id(key))
+        if value is None:
+            value = self._values[id(key)] = self._make(key, *parameters)
+            weakref.finalize(key, self._values.pop, id(key)).atexit = False
+        return value
