@@ -162,8 +162,8 @@ def resolve(cuda: Launcher | GpuLauncher, world: World, selection: Selection, ou
     batch, pools = world.batch, world.pools
     cuda.resolve_residency(
         selection.blocks, selection.coverage, batch.pages, batch.private_blocks,
-        batch.budget_blocks, batch.history_lo, torch.tensor([batch.step], dtype=torch.int32), pools.page_slot,
-        pools.slot_page, pools.slot_stamp, *vars(out).values(),
+        batch.budget_blocks, batch.history_lo, torch.tensor([batch.step], dtype=torch.int32),
+        pools.page_slot, pools.slot_page, pools.slot_stamp, *vars(out).values(),
     )  # fmt: skip
 
 
