@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -90,8 +92,9 @@ def score_sentences(
             sentence = geometry.scale * (grouped[s].float() @ centroids.transpose(1, 2))
         if reduce == Reduce.SOFTMAX_MEAN:
             z = torch.cat((sentence, resident), -1).logsumexp(-1, keepdim=True)
+            # In the log domain, so that sentences too unlikely for a float still have a rank.
+            reduced = (sentence - z).logsumexp(1) - math.log(geometry.group_size)
             probability = (sentence - z).exp().mean(1)
-            reduced = probability.log()
             mass[s] = 0
             mass[s][:, touches] = probability
             mass[s, :, -1] = (resident - z).exp().sum(-1).mean(1)
