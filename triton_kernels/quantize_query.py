@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotated queries on a 6-bit grid, so that scores over sign bits are exact integers."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops.quantize_query import QUERY_LEVELS
+
+ROWS = 16  # queries a program rotates: the height of a tensor-core tile
+
+
+@triton.jit
+def _quantize_query(
+    query,
+    rotation,
+    levels,
+    steps,
+    num_rows,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    K_STEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    QUERY_LEVELS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = row < num_rows
+    column = tl.arange(0, D_PAD)[None, :]
+    rotated = tl.zeros((ROWS, D_PAD), tl.float32)
+    for k in tl.static_range(0, D, K_STEP):
+        channel = k + tl.arange(0, K_STEP)
+        x = tl.load(query + row[:, None] * D + channel[None, :], mask=valid[:, None], other=0.0)
+        basis = tl.load(rotation + channel[:, None] * D + column, mask=column < D, other=0.0)
+        rotated = tl.dot(x.to(tl.float32), basis, rotated, input_precision="tf32x3")
+    step = tl.div_rn(tl.max(tl.abs(rotated), 1), QUERY_LEVELS * 1.0)
+    inverse = tl.where(step > 0, tl.div_rn(1.0, step), 0.0)
+    # Adding 1.5 * 2^23 leaves no fraction bits: round half to even, as torch.round does.
+    rounded = (rotated * inverse[:, None] + 12582912.0) - 12582912.0
+    tl.store(
+        levels + row[:, None] * D + column,
+        rounded.to(tl.int8),
+        mask=valid[:, None] & (column < D),
+    )
+    tl.store(steps + row, step, mask=valid)
+
+
+def quantize_query(query: Tensor, rotation: Tensor, levels: Tensor, steps: Tensor) -> None:
+    """`ops.quantize_query` into the caller's buffers.
+
+    Args:
+        query: [..., D] contiguous, any float dtype.
+        rotation: [D, D] float32.
+        levels: [>= rows, D] int8, written.
+        steps: [>= rows] float32, written.
+    """
+    dim = query.shape[-1]
+    num_rows = query.numel() // dim
+    _quantize_query[(triton.cdiv(num_rows, ROWS),)](
+        query,
+        rotation,
+        levels,
+        steps,
+        num_rows,
+        D=dim,
+        D_PAD=triton.next_power_of_2(dim),
+        K_STEP=16,
+        ROWS=ROWS,
+        QUERY_LEVELS=QUERY_LEVELS,
+    )
