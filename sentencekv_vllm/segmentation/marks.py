@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The characters that end a sentence."""
+
+from __future__ import annotations
+
+import re
+
+# End a sentence only before white space: they also occur in numbers, addresses and code.
+SOFT = ".!?…"
+# End a sentence wherever they are: CJK, Arabic, Urdu, Devanagari, Armenian, Ethiopic, Burmese
+# and Khmer full stops, question and exclamation marks.
+HARD = "。｡！？؟۔।॥։።။។"
+NEWLINES = "\n\r\u2028\u2029"
+# May stand between a mark and the end of its sentence.
+CLOSERS = "\"'”’»›)]}」』）】》〉］｝*_`"
+
+_closing = re.escape(SOFT + HARD + CLOSERS)
+CLOSING = re.compile(f"[{_closing}]+")
+SOFT_END = re.compile(rf"[{re.escape(SOFT)}]+[{_closing}]*(\s|$)")
+HARD_END = re.compile(rf"[{HARD}][{_closing}]*")
+LINE_END = re.compile(rf"[{NEWLINES}](?:\s*[{NEWLINES}])?")
+ANY = re.compile(rf"[{_closing}{NEWLINES}]")
