@@ -127,6 +127,8 @@ class Ledger:
         if not self._segmented(state):
             state.reason = Reason.SEGMENTING
             return None
+        if state.reason in (Reason.SHORT_CONTEXT, Reason.SEGMENTING):
+            state.reason = Reason.COPYING
         self._copy_out(state, processed, blocks)
         if state.memory.sparse:
             return self._extend(state, processed)
@@ -194,7 +196,7 @@ class Ledger:
             if state is not None:
                 state.hits += hits
                 state.misses += misses
-                state.coverage_sum += coverage
+                state.coverage_sum += coverage / report.ranks
                 state.reports += 1
 
     def gauges(self) -> dict[str, int]:
@@ -365,6 +367,7 @@ class Ledger:
         starts = np.fromiter((self._starts_sentence(s, c) for s, c in rows), np.bool_, len(rows))
         for state, _ in rows:
             state.sparse_steps += 1
+            state.memory.decoded_sparse = True
         return SparseRows(
             slots=column(s.memory.slot for s, _ in rows),
             tail_blocks=column(block_id(s.request_id, c // n) for s, c in rows),
@@ -378,6 +381,6 @@ class Ledger:
         assert state.options is not None
         if not state.options.running_mean_query:
             return False
-        if state.sparse_steps == 0:
+        if not state.memory.decoded_sparse:
             return True
         return self.segmentation.is_boundary(int(state.tokens(computed - 1, computed)[0]))

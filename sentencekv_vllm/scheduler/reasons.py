@@ -15,7 +15,7 @@ class Reason(StrEnum):
     SHORT_CONTEXT = "short_context"  # below min_context_tokens
     BUDGET_COVERS = "budget_covers"  # the budget covers the history: nothing to leave out
     SEGMENTING = "segmenting"  # sentence spans are not there yet
-    COPYING = "copying"  # history is still on its way to the host
+    COPYING = "copying"  # the prefill or the copy of the history was not complete
     HOST_POOL_FULL = "host_pool_full"
     NO_GAIN = "no_gain"  # shared blocks: freeing them gives less than the working set takes
     UNSUPPORTED_INPUT = "unsupported_input"  # prompt embeddings, streaming input

@@ -41,6 +41,7 @@ class Memory:
     history_lo: int = 0
     history_hi: int = 0
     exact_tokens: int | None = None  # tokens whose KV is exact, once some are not
+    decoded_sparse: bool = False  # at least one step
 
 
 @dataclass

@@ -45,7 +45,8 @@ class SentenceKVWorkerMetadata(KVConnectorWorkerMetadata):
                 slots=mine.slots,
                 hits=mine.hits + theirs.hits,
                 misses=mine.misses + theirs.misses,
-                coverage=(mine.coverage + theirs.coverage) / 2,
+                coverage=mine.coverage + theirs.coverage,
+                ranks=mine.ranks + theirs.ranks,
             )
         )
 

@@ -11,7 +11,7 @@ import numpy as np
 from vllm.config import VllmConfig
 
 from ..messages import DecodeOptions, Int32s, StepMessage
-from ..metrics import REASON_PREFIX
+from ..metrics import REASON_PREFIX, SEGMENTER_PREFIX
 from ..request_options import RequestOptions, RequestOptionsError
 from ..resolved import ResolvedConfig
 from ..scheduler.ledger import Ledger, Limits
@@ -79,7 +79,7 @@ class SchedulerSide:
         self._segmentation = PacedSegmentation(self._service)
         self.ledger = Ledger(limits, PagePool(resolved.num_pages), self._segmentation)
         self._manager: SentenceKVManager | None = None
-        self._reported: dict[Reason, int] = {}
+        self._reported: dict[str, int] = {}
 
     def bind(self, kv_cache_manager: Any) -> None:
         managers = kv_cache_manager.coordinator.single_type_managers
@@ -146,13 +146,13 @@ class SchedulerSide:
         return None if state is None else {"sentencekv": state.summary()}
 
     def stats(self) -> dict[str, int]:
-        """Levels, and what has been counted since the last call."""
-        data = self.ledger.gauges()
-        for reason, count in self.ledger.finished.items():
-            new = count - self._reported.get(reason, 0)
-            if new:
-                data[f"{REASON_PREFIX}{reason}"] = new
-                self._reported[reason] = count
+        """Levels that have changed, and what has been counted, since the last call."""
+        counts = {f"{REASON_PREFIX}{k}": v for k, v in self.ledger.finished.items()}
+        counts |= {f"{SEGMENTER_PREFIX}{k}": v for k, v in self._service.stats.items()}
+        levels = self.ledger.gauges()
+        data = {k: v for k, v in levels.items() if v != self._reported.get(k)}
+        data |= {k: new for k, v in counts.items() if (new := v - self._reported.get(k, 0))}
+        self._reported = levels | counts
         return data
 
     def close(self) -> None:

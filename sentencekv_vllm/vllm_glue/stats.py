@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from ..metrics import COUNTERS, GAUGES, REASON_PREFIX
+from ..metrics import COUNTERS, GAUGES, REASON_PREFIX, SEGMENTER_PREFIX
 from ..scheduler.reasons import Reason
 
 
@@ -77,6 +77,11 @@ class SentenceKVPromMetrics(KVConnectorPromMetrics):
             "Finished requests by how they decoded, with the reason where they stayed dense.",
             labelnames=[*labelnames, "reason"],
         )
+        self._segmented = self._counter_cls(
+            "vllm:sentencekv_segmented",
+            "Prompts by the segmenter that answered, or why the table stood in for spaCy.",
+            labelnames=[*labelnames, "segmenter"],
+        )
         for labels in per_engine_labelvalues.values():
             for collector in (*self._counters.values(), *self._gauges.values()):
                 collector.labels(*labels)
@@ -92,3 +97,5 @@ class SentenceKVPromMetrics(KVConnectorPromMetrics):
                 self._gauges[name].labels(*labels).set(value)
             elif name.startswith(REASON_PREFIX):
                 self._requests.labels(*labels, name.removeprefix(REASON_PREFIX)).inc(value)
+            elif name.startswith(SEGMENTER_PREFIX):
+                self._segmented.labels(*labels, name.removeprefix(SEGMENTER_PREFIX)).inc(value)
