@@ -1,28 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random layers and batches for the kernels; Triton's interpreter where there is no GPU."""
+"""Random layers and batches for the Triton kernels, and the device that they run on."""
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
 import torch
 
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton's functions are defined
-
-from sentencekv_vllm.ops.pack_keys import pack_keys  # noqa: E402 (after the switch above)
-from sentencekv_vllm.ops.rotation import rotation  # noqa: E402 (after the switch above)
-from sentencekv_vllm.types import (  # noqa: E402 (after the switch above)
-    Geometry,
-    IndexKind,
-    LayerPools,
-    Reduce,
-    SparseBatch,
-)
+from sentencekv_vllm.ops.pack_keys import pack_keys
+from sentencekv_vllm.ops.rotation import rotation
+from sentencekv_vllm.types import Geometry, IndexKind, LayerPools, Reduce, SparseBatch
 
 
 @dataclass(frozen=True)
@@ -164,12 +153,23 @@ def build():
 
 
 @pytest.fixture
-def kernels() -> str:
+def kernels(monkeypatch: pytest.MonkeyPatch) -> str:
     """Device on which Triton kernels run here: native on CUDA, interpreted on the CPU."""
     if torch.cuda.is_available():
         return "cuda"
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton was imported before tests/ops: run `pytest tests/ops` on its own")
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    multiply = InterpreterBuilder.create_dot
+
+    def multiply_widened(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        # Triton 3.9 multiplies the bit patterns of bf16; float32 products of bf16 are exact.
+        wide = [
+            self.create_fp_ext(x, tl.float32) if x.dtype.scalar.is_bf16() else x for x in (a, b)
+        ]
+        return multiply(self, *wide, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", multiply_widened)
     return "cpu"
 
 
