@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three calls a worker makes per layer, over the Triton kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops.layer_ops import DecodeOutputs
+from ..types import Geometry, LayerPools, SparseBatch
+from .index_pages import index_pages
+from .index_sentences import index_sentences
+from .locate_sentences import locate_sentences
+from .quantize_query import quantize_query
+from .resolve_residency import resolve_residency
+from .score_sentences import score_sentences
+from .select_blocks import select_blocks
+from .swap_blocks import swap_in
+from .workspace import Workspace
+
+
+class TritonOps:
+    """`LayerOps` for CUDA: fixed grids, no host read and no allocation in `decode_layer`.
+
+    Where it differs from the reference: `key_offset` is ignored, since CUDA blocks hold
+    plain rows; `private_blocks` has room for every budget of the batch; requests share
+    neither pages nor private blocks; `stage_ns` is left alone, since a host clock says
+    nothing about kernels in a queue (profile by kernel name instead).
+
+    Capture in a CUDA graph records `decode_layer` once; before each replay the caller
+    updates the tensors of the batch in place and calls `set_step`.
+    """
+
+    name = "triton"
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._work = workspace
+
+    def set_step(self, step: int) -> None:
+        """Tell the kernels of the next replay the value of `SparseBatch.step`."""
+        self._work.step.fill_(step)
+
+    def index_pages(
+        self,
+        pools: LayerPools,
+        block_ids: Tensor,
+        page_ids: Tensor,
+        key_offset: Tensor,
+        rotation: Tensor,
+    ) -> None:
+        index_pages(pools, block_ids, page_ids, rotation)
+
+    def index_sentences(
+        self,
+        pools: LayerPools,
+        rows: Tensor,
+        spans: Tensor,
+        span_blocks: Tensor,
+        key_offset: Tensor,
+    ) -> None:
+        index_sentences(pools, rows, spans, span_blocks)
+
+    def decode_layer(
+        self,
+        geometry: Geometry,
+        pools: LayerPools,
+        batch: SparseBatch,
+        query: Tensor,
+        rotation: Tensor,
+        out: DecodeOutputs,
+    ) -> None:
+        work = self._work
+        if not (query.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.set_step(batch.step)  # a capture would replay the number it saw
+        work.num_misses.zero_()
+        locate_sentences(batch, work.first)
+        quantize_query(query, rotation, work.levels, work.steps)
+        score_sentences(geometry, pools, batch, query, work)
+        select_blocks(geometry, pools, batch, work)
+        resolve_residency(pools, batch, work, out)
+        swap_in(pools, work.misses, work.num_misses)
