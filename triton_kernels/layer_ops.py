@@ -72,10 +72,18 @@ class TritonOps:
         work = self._work
         if not (query.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.set_step(batch.step)  # a capture would replay the number it saw
-        work.num_misses.zero_()
         locate_sentences(batch, work.first)
         quantize_query(query, rotation, work.levels, work.steps)
         score_sentences(geometry, pools, batch, query, work)
         select_blocks(geometry, pools, batch, work)
-        resolve_residency(pools, batch, work, out)
-        swap_in(pools, work.misses, work.num_misses)
+        self.resolve_residency(pools, batch, out)
+        self.swap_in(pools, batch)
+
+    def resolve_residency(self, pools: LayerPools, batch: SparseBatch, out: DecodeOutputs) -> None:
+        """Give every head-block of the selection a slot; `CudaOps` has its own."""
+        self._work.num_misses.zero_()
+        resolve_residency(pools, batch, self._work, out)
+
+    def swap_in(self, pools: LayerPools, batch: SparseBatch) -> None:
+        """Copy what `resolve_residency` found missing; `CudaOps` has its own."""
+        swap_in(pools, self._work.misses, self._work.num_misses)

@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from sentencekv_vllm.ops.cuda import Launcher, library, load
+from sentencekv_vllm.ops.cuda_build import cuda_sources
+from sentencekv_vllm.ops.custom_ops import SCHEMAS
+from sentencekv_vllm.ops.native_build import build as build_library
+from sentencekv_vllm.ops.native_build import csrc_dir
 from sentencekv_vllm.ops.pack_keys import pack_keys
 from sentencekv_vllm.ops.rotation import rotation
 from sentencekv_vllm.types import Geometry, IndexKind, LayerPools, Reduce, SparseBatch
@@ -201,3 +209,44 @@ def make_workspace(case: Case, device: str) -> Any:
 def workspace():
     """`workspace(case, device)` -> poisoned Workspace."""
     return make_workspace
+
+
+@pytest.fixture(scope="session")
+def host_command() -> Callable[[list[Path], Path], list[str]]:
+    """(sources, output) -> the command that compiles CUDA sources for the host."""
+    folders = [csrc_dir() / "host_cuda", csrc_dir() / "include"]
+    return lambda sources, output: [
+        *("g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Werror"),
+        *("-Wno-unknown-pragmas", *(f"-I{f}" for f in folders), "-x", "c++"),
+        *(*map(str, sources), "-o", str(output)),
+    ]
+
+
+@pytest.fixture(scope="session")
+def host_kernels(host_command) -> Launcher:
+    """The CUDA kernels compiled for the host, for CPU tensors."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    folders = [csrc_dir() / "host_cuda", csrc_dir() / "include"]
+    return Launcher(
+        load(build_library("sentencekv_cuda_host", cuda_sources(), host_command, folders))
+    )
+
+
+@pytest.fixture
+def host_ops(host_kernels) -> Iterator[None]:
+    """`torch.ops.sentencekv` takes CPU tensors, with the host's kernels behind it."""
+    with torch.library._scoped_library("sentencekv", "IMPL") as ops:
+        for name in SCHEMAS:
+            ops.impl(name, getattr(host_kernels, name), "CPU")
+        yield
+
+
+@pytest.fixture
+def cuda_kernels(kernels, request: pytest.FixtureRequest) -> str:
+    """Device on which both Triton's and our CUDA kernels run here; see `kernels`."""
+    if kernels == "cpu":
+        request.getfixturevalue("host_ops")
+    elif library() is None:
+        pytest.skip("needs nvcc")
+    return kernels

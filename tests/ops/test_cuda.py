@@ -6,12 +6,10 @@ Both run the same source; the host version needs g++ only (see csrc/host_cuda).
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,37 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sentencekv_vllm.ops.cuda import Launcher, load
-from sentencekv_vllm.ops.cuda_build import cuda_sources
-from sentencekv_vllm.ops.custom_ops import SCHEMAS, launcher
-from sentencekv_vllm.ops.native_build import build, csrc_dir
+from sentencekv_vllm.ops.cuda import Launcher
+from sentencekv_vllm.ops.custom_ops import launcher
 from sentencekv_vllm.ops.resolve_residency import resolve_residency
 from sentencekv_vllm.ops.swap_blocks import swap_in
 from sentencekv_vllm.types import LayerPools, Residency, Selection, SparseBatch
 
 UNTOUCHED = -7  # what buffers hold where nothing may be written
-
-
-def host_command(sources, output: Path) -> list[str]:
-    folders = [csrc_dir() / "host_cuda", csrc_dir() / "include"]
-    return [
-        *("g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Werror"),
-        *("-Wno-unknown-pragmas", *(f"-I{f}" for f in folders), "-x", "c++"),
-        *(*map(str, sources), "-o", str(output)),
-    ]
-
-
-needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-needs_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
-
-@pytest.fixture(scope="module")
-def host_kernels() -> Launcher:
-    folders = [csrc_dir() / "host_cuda", csrc_dir() / "include"]
-    return Launcher(load(build("sentencekv_cuda_host", cuda_sources(), host_command, folders)))
 
 
 IN_HOST_MEMORY = {"gather_misses": (0,), "copy_pages": (0,), "copy_page_runs": (0, 2)}
@@ -70,9 +44,7 @@ class GpuLauncher:
         return call
 
 
-@pytest.fixture(
-    params=[pytest.param("host", marks=needs_gxx), pytest.param("gpu", marks=needs_gpu)]
-)
+@pytest.fixture(params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
 def cuda(request: pytest.FixtureRequest) -> Launcher | GpuLauncher:
     return request.getfixturevalue("host_kernels") if request.param == "host" else GpuLauncher()
 
@@ -313,16 +285,9 @@ def test_a_head_block_of_odd_size_is_refused_by_the_launcher(cuda) -> None:
         cuda.gather_misses(world.pools.host, world.pools.cache, misses, misses[..., 0, 0] + 1)
 
 
-@needs_gxx
+@pytest.mark.usefixtures("host_ops")
 class TestCustomOps:
-    """The torch ops say what they write, here with the host's kernels behind them."""
-
-    @pytest.fixture(autouse=True)
-    def on_cpu(self, host_kernels) -> Iterator[None]:
-        with torch.library._scoped_library("sentencekv", "IMPL") as ops:
-            for name in SCHEMAS:
-                ops.impl(name, getattr(host_kernels, name), "CPU")
-            yield
+    """The torch ops say what they write."""
 
     @pytest.mark.parametrize("name", ["copy_pages", "copy_page_runs"])
     def test_page_copies(self, name) -> None:
@@ -359,8 +324,9 @@ class TestCustomOps:
         assert result == 4
 
 
-@needs_gxx
-def test_the_emulation_notices_a_barrier_that_some_threads_miss(tmp_path) -> None:
+def test_the_emulation_notices_a_barrier_that_some_threads_miss(
+    host_kernels, host_command, tmp_path
+) -> None:
     source = tmp_path / "divergent.cpp"
     source.write_text(
         "#include <sentencekv/launch.hpp>\n"
