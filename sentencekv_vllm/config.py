@@ -53,8 +53,8 @@ class SentenceKVConfig:
     recent_window: int = _option(128, low=1)
     """Last tokens, always attended."""
     working_set_tokens: int | None = _option(None, low=0)
-    """GPU room for swapped-in history, per sparse request; None: twice the history part of
-    the budget. It changes the speed, never the output."""
+    """GPU room for swapped-in history, per sparse request; None: a quarter more than the
+    history part of the budget. It changes the speed, never the output."""
     host_pool_gib: float = _option(4.0, above=0)
     """Swap pool of one worker in host memory; the index on the device grows with it."""
     min_context_tokens: int = _option(8192, low=1)

@@ -106,7 +106,7 @@ def resolve(
         rows_per_page=rows_per_page,
         sink_blocks=blocks(config.num_sink_tokens, block_size),
         recent_blocks=blocks(config.recent_window, block_size),
-        working_set_blocks=2 * history if wanted is None else blocks(wanted, block_size),
+        working_set_blocks=-(-5 * history // 4) if wanted is None else blocks(wanted, block_size),
         num_pages=int(config.host_pool_gib * GIB) // page_bytes,
         page_bytes=page_bytes,
         index_page_bytes=head_blocks * (bits_and_scales + centroids_and_flags),

@@ -117,9 +117,9 @@ def test_sizes_of_the_defaults():
     resolved = sizes()
     assert (resolved.sink_blocks, resolved.recent_blocks) == (1, 4)
     assert resolved.budget_blocks == 27  # 1024 - 32 - 128 = 864 tokens
-    assert resolved.working_set_blocks == 54
-    assert resolved.resident_blocks == 1 + 54 + 4 + 1
-    assert (resolved.smallest_budget, resolved.largest_budget) == (192, 160 + 54 * 32)
+    assert resolved.working_set_blocks == 34
+    assert resolved.resident_blocks == 1 + 34 + 4 + 1
+    assert (resolved.smallest_budget, resolved.largest_budget) == (192, 160 + 34 * 32)
 
 
 @given(

@@ -68,7 +68,7 @@ def test_naming_the_servers_policy_keeps_its_overrides():
         ({"sentencekv_token_budget": True}, ["whole number", "True"]),
         ({"sentencekv_token_budget": "-1"}, ["whole number", "'-1'"]),
         ({"sentencekv_token_budget": 191}, ["191", "smallest budget is 192"]),
-        ({"sentencekv_token_budget": 1889}, ["1889", "54 blocks", "largest budget is 1888"]),
+        ({"sentencekv_token_budget": 1249}, ["1249", "34 blocks", "largest budget is 1248"]),
     ],
     ids=lambda value: None if isinstance(value, list) else repr(value),
 )
