@@ -32,9 +32,9 @@ class QueryMean:
         if layer not in self._sums:
             self._sums[layer] = torch.zeros(self._shape, device=query.device)
             self._counts[layer] = torch.zeros(self._shape[0], device=query.device)
-        going_on = (~starts).float()
-        sums = self._sums[layer][slots] * going_on[:, None, None] + query.float()
-        counts = self._counts[layer][slots] * going_on + 1
+        # Not a product with 0 or 1: a former owner of the slot may have left a NaN.
+        sums = self._sums[layer][slots].masked_fill(starts[:, None, None], 0) + query.float()
+        counts = self._counts[layer][slots].masked_fill(starts, 0) + 1
         self._sums[layer][slots] = sums
         self._counts[layer][slots] = counts
         return sums / counts[:, None, None]
