@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker performs messages: copy-out, plans, swap-in, counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sentencekv_vllm.messages import DecodeOptions, RequestUpdate, SparseRows, StepMessage
+from sentencekv_vllm.ops.layer_ops import ReferenceOps
+from sentencekv_vllm.ops.sparse_decode import sparse_decode
+from sentencekv_vllm.types import Geometry, IndexKind, Reduce
+from sentencekv_vllm.worker.runtime import Runtime
+
+N, D, HEADS, GROUP = 8, 16, 2, 2
+BLOCKS = 60
+GEOMETRY = Geometry(
+    num_layers=2,
+    num_kv_heads=HEADS,
+    group_size=GROUP,
+    head_dim=D,
+    block_size=N,
+    rows_per_page=2,
+    scale=D**-0.5,
+)
+BUDGET, PROMPT_BLOCKS = 3, 14
+
+
+def make_runtime(working_set: int) -> Runtime:
+    generator = torch.Generator().manual_seed(0)
+    caches = [torch.randn(BLOCKS, HEADS, N, 2 * D, generator=generator) for _ in range(2)]
+    token_order = torch.arange(N * D, dtype=torch.int32)  # of K, the first half of a head-block
+    return Runtime(
+        GEOMETRY,
+        caches,
+        token_order,
+        num_pages=50,
+        num_slots=3,
+        working_set_blocks=working_set,
+        ops=ReferenceOps(),
+        layer_names=["first", "second"],
+    )
+
+
+def options(**changes) -> DecodeOptions:
+    values = {
+        "index_kind": int(IndexKind.TOKEN_BITS),
+        "reduce": int(Reduce.SOFTMAX_MEAN),
+        "retention": 5.0,
+        "running_mean_query": False,
+        "budget_blocks": BUDGET,
+        "seed": 0,
+    }
+    return DecodeOptions(**(values | changes))
+
+
+def turning_sparse(slot, blocks, pages, private, step=1, tail=None, **changes) -> StepMessage:
+    """The message of a request's first sparse step, everything in one update."""
+    ends = np.arange(5, len(blocks) * N + 1, 5, dtype=np.int32)
+    update = RequestUpdate(slot, options(**changes), blocks, pages, pages, ends, private)
+    return StepMessage(step, [], [update], rows([slot], [tail or blocks[-1]]))
+
+
+def rows(slots, tails, hi=PROMPT_BLOCKS - 2) -> SparseRows:
+    def column(values):
+        return np.asarray(values, np.int32)
+
+    count = len(slots)
+    return SparseRows(
+        column(slots),
+        column(tails),
+        column([1] * count),
+        column([hi] * count),
+        np.ones(count, np.bool_),
+    )
+
+
+def plan_of(runtime, tails, tables):
+    count = len(tails)
+    return runtime.plan(
+        tail_blocks=torch.tensor(tails),
+        block_table=torch.tensor(tables, dtype=torch.int32),
+        seq_lens=torch.full((count,), PROMPT_BLOCKS * N - 3, dtype=torch.int32),
+        tokens=torch.arange(count),
+    )
+
+
+def attend(runtime, plan, layer, query):
+    """Rank, then attention over the tables; K and V are in token order here."""
+    tables = runtime.rank(plan, layer, query)
+    cache = runtime.pools.layers[layer].cache.view(BLOCKS, HEADS, 2 * N, D)
+    key, value = cache.chunk(2, dim=2)
+    return sparse_decode(query, key, value, tables, plan.seq_lens, GEOMETRY.scale)[0]
+
+
+def decode(runtime, steps=6, poison=True):
+    """One request, its freed blocks overwritten after the copy."""
+    blocks = list(range(1, PROMPT_BLOCKS + 1))
+    working_set = runtime.tables.private.shape[1]
+    private = list(range(20, 20 + working_set))
+    outputs = []
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        if step == 0:
+            runtime.apply(turning_sparse(0, blocks, [*range(30, 30 + len(blocks))], private))
+            if poison:
+                for pools in runtime.pools.layers:
+                    pools.cache[2 : PROMPT_BLOCKS - 1] = float("nan")
+                    pools.cache[private] = float("nan")
+                    pools.cache[0] = float("nan")
+        else:
+            runtime.apply(StepMessage(step + 1, sparse=rows([0], [PROMPT_BLOCKS])))
+        plan = plan_of(runtime, [PROMPT_BLOCKS], [blocks])
+        for layer in range(2):
+            query = 3 * torch.randn(1, HEADS * GROUP, D, generator=generator)
+            outputs.append(attend(runtime, plan, layer, query))
+        runtime.take_report()
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("working_set", [BUDGET, 2 * BUDGET, 11])
+def test_the_working_set_never_changes_the_output(working_set):
+    expected = decode(make_runtime(BUDGET), poison=False)
+    runtime = make_runtime(working_set)
+    result = decode(runtime)
+    assert not result.isnan().any(), "nothing freed, unused or null is read"
+    assert torch.equal(result, expected)
+
+
+def test_a_larger_working_set_swaps_less():
+    misses = []
+    for working_set in (BUDGET, 11):
+        runtime = make_runtime(working_set)
+        decode(runtime, steps=10)
+        counted = runtime.take_counters()
+        assert counted["hits"] + counted["misses"] == 10 * 2 * HEADS * BUDGET
+        assert counted["swap_in_bytes"] == counted["misses"] * 2 * N * D * 4
+        misses.append(counted["misses"])
+    assert misses[1] < misses[0]
+
+
+def test_copy_out_is_byte_for_byte_and_counted():
+    runtime = make_runtime(BUDGET)
+    before = [pools.cache.clone() for pools in runtime.pools.layers]
+    blocks, pages = [7, 3, 9, *range(40, 51)], [5, 6, 4, *range(10, 21)]
+    runtime.apply(turning_sparse(1, blocks, pages, [20, 21, 22]))
+    for pools, cache in zip(runtime.pools.layers, before, strict=True):
+        assert torch.equal(pools.host[pages], cache[blocks])
+        assert torch.equal(pools.cache, cache)
+    assert runtime.take_counters()["swap_out_bytes"] == len(blocks) * 2 * HEADS * 2 * N * D * 4
+    assert runtime.take_counters() == {}
+
+
+def test_a_message_that_comes_twice_is_performed_once():
+    runtime = make_runtime(BUDGET)
+    message = turning_sparse(0, [*range(1, 15)], [*range(14)], [20, 21, 22])
+    runtime.apply(message)
+    runtime.apply(message)
+    assert runtime.tables.pages.counts[0] == 14
+
+
+def test_rows_are_found_by_the_block_they_write_wherever_they_are():
+    runtime = make_runtime(BUDGET)
+    first, second = [*range(1, 15)], [*range(21, 35)]
+    one = turning_sparse(0, first, [*range(14)], [40, 41, 42])
+    two = turning_sparse(2, second, [*range(14, 28)], [43, 44, 45])
+    runtime.apply(StepMessage(1, [], one.updates + two.updates, rows([0, 2], [14, 34])))
+    tables = [[*range(50, 59)] + [9] * 5, second, [59] * 14, first]
+    plan = plan_of(runtime, [58, 34, 59, 14], tables)
+    assert plan.rows.tolist() == [3, 1] and plan.tokens.tolist() == [3, 1]
+    assert plan.slots.tolist() == [0, 2]
+    with pytest.raises(AssertionError, match="not in the batch"):
+        plan_of(runtime, [58, 34, 59, 15], tables)
+
+
+def test_without_sparse_rows_there_is_no_plan():
+    runtime = make_runtime(BUDGET)
+    runtime.apply(StepMessage(1))
+    assert not runtime.has_sparse_rows
+    assert plan_of(runtime, [1], [[1] * 14]) is None
+    assert runtime.take_report() is None
+
+
+def test_a_report_is_given_once_with_the_steps_lookups():
+    runtime = make_runtime(BUDGET)
+    decode(runtime, steps=1)
+    runtime.apply(StepMessage(9, sparse=rows([0], [PROMPT_BLOCKS])))
+    plan = plan_of(runtime, [PROMPT_BLOCKS], [[*range(1, PROMPT_BLOCKS + 1)]])
+    for layer in range(2):
+        runtime.rank(plan, layer, torch.randn(1, HEADS * GROUP, D))
+    report = runtime.take_report()
+    assert report.slots.tolist() == [0]
+    assert report.hits[0] + report.misses[0] == 2 * HEADS * BUDGET
+    assert 0 < report.coverage[0] <= 1
+    assert runtime.take_report() is None
+
+
+def test_pages_and_blocks_of_a_former_owner_are_no_hits():
+    runtime = make_runtime(BUDGET)
+    decode(runtime, steps=3, poison=False)
+    for pools in runtime.pools.layers:
+        pools.cache.normal_()
+    # The same pages and private blocks, for another request on another slot.
+    blocks, pages = [*range(1, 15)], [*range(30, 40)] + [0, 1, 2, 3]
+    message = turning_sparse(1, blocks, pages, [22, 21, 20])
+    runtime.apply(StepMessage(50, [0], message.updates, rows([1], [14])))
+    runtime.take_counters()
+    plan = plan_of(runtime, [14], [blocks])
+    attend(runtime, plan, 0, torch.randn(1, HEADS * GROUP, D))
+    assert int(plan.out.hits) == 0 and int(plan.out.misses) == HEADS * BUDGET
+
+
+def test_only_requests_that_ask_for_it_rank_by_the_running_mean():
+    def last_tables(running):
+        runtime = make_runtime(BUDGET)
+        message = turning_sparse(
+            0,
+            [*range(1, 15)],
+            [*range(14)],
+            [20, 21, 22],
+            index_kind=int(IndexKind.CENTROID),
+            reduce=int(Reduce.MEAN),
+            retention=0.0,
+            running_mean_query=running,
+        )
+        runtime.apply(message)
+        queries = torch.randn(2, 1, HEADS * GROUP, D, generator=torch.Generator().manual_seed(5))
+        for step, query in enumerate([-30 * queries[0], queries[1]]):
+            if step:
+                sparse = rows([0], [14])
+                sparse.starts_sentence[:] = False
+                runtime.apply(StepMessage(2, sparse=sparse))
+            plan = plan_of(runtime, [14], [[*range(1, 15)]])
+            runtime.rank(plan, 0, query)
+        slots = plan.out.head_tables[0, :, 1 : 1 + BUDGET] // HEADS
+        return [
+            runtime.pools.layers[0].slot_page[slots[h].long(), h].sort().values.tolist()
+            for h in range(HEADS)
+        ]
+
+    assert last_tables(True) != last_tables(False), "-30 q0 outweighs q1 in the mean"
