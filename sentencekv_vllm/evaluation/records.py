@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results on disk: one JSON object a line, so that an interrupted run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .items import Cell
+
+
+class ResultsError(ValueError):
+    """A results file belongs to other settings; the message says which."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question decoded under one policy."""
+
+    task: str
+    style: str
+    tokens: int
+    seed: int
+    policy: str
+    correct: bool
+    text: str  # first line of the answer
+    target: str  # what it should be
+    output_tokens: int
+    mode: str  # `scheduler.reasons.Reason`
+    sparse_steps: int  # of output_tokens - 1: the prefill gives the first token
+    hits: int  # head-blocks
+    misses: int
+    coverage: float  # share of attention selected, mean over steps
+
+    @property
+    def cell(self) -> Cell:
+        return Cell(self.task, self.style, self.tokens)
+
+    @property
+    def key(self) -> tuple[Cell, int, str]:
+        return self.cell, self.seed, self.policy
+
+
+class Results:
+    """An append-only file: a line of settings, then a line per record."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Open or create the file and read what it has.
+
+        A last line without its end was being written when a run was killed: it is removed.
+
+        Raises:
+            ResultsError: the file was made with other settings.
+        """
+        self.path = path
+        self.records: dict[tuple[Cell, int, str], Record] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if len(whole) < len(text):
+            path.write_text(whole)
+        lines = whole.splitlines()
+        if not lines:
+            self._append(dict(settings))
+        else:
+            self._check(json.loads(lines[0]), dict(settings))
+        for line in lines[1:]:
+            record = Record(**json.loads(line))
+            self.records[record.key] = record
+
+    def add(self, record: Record) -> None:
+        """Write a record; it is on disk when this returns."""
+        self._append(asdict(record))
+        self.records[record.key] = record
+
+    def _append(self, values: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def _check(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+        for name in sorted(found.keys() | wanted.keys()):
+            if found.get(name) != wanted.get(name):
+                raise ResultsError(
+                    f"{self.path} was made with {name} {found.get(name)!r}, this run has "
+                    f"{wanted.get(name)!r}: name another file with --results, or delete this one"
+                )
