@@ -173,6 +173,11 @@ class SegmentationService:
         table = self.boundary_tokens
         return table is not None and token_id < len(table) and bool(table[token_id])
 
+    @property
+    def spacy_pid(self) -> int | None:
+        """Process id of the spaCy process while it runs."""
+        return self._spacy.pid if self._spacy is not None else None
+
     def close(self) -> None:
         """End the spaCy process. Pending requests are answered by the table when polled."""
         if self._spacy is not None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -65,6 +66,9 @@ class SpacyProcess:
     def submit(self, token_ids: TokenIds) -> SpacyJob:
         """Queue a prompt: [n] int32, not to be changed before the job is done."""
         job = SpacyJob(token_ids)
+        if self._closed:
+            job.done.set()
+            return job
         self._tokens_in += len(token_ids)
         self._jobs.put(job)
         if self._courier is None:
@@ -140,5 +144,6 @@ class SpacyProcess:
                 self._connection.close()
             if self._process:
                 self._process.kill()
-                self._process.wait(_STOP_TIMEOUT_S)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(_STOP_TIMEOUT_S)
             self._connection = self._process = None
