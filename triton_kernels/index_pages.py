@@ -91,5 +91,5 @@ def index_pages(pools: LayerPools, block_ids: Tensor, page_ids: Tensor, rotation
         D_PAD=triton.next_power_of_2(dim),
         K_STEP=16,
         TILE=TILE,
-        num_warps=8 if dim > 128 else 4,
+        num_warps=8 if dim > 64 else 4,
     )

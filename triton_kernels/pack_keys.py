@@ -28,7 +28,7 @@ def pack_keys(
     """
     column = tl.arange(0, D_PAD)[None, :]
     rotated = tl.zeros((TILE, D_PAD), tl.float32)
-    for k in tl.static_range(0, D, K_STEP):
+    for k in range(0, D, K_STEP):
         row = k + tl.arange(0, K_STEP)
         x = tl.load(keys + row[None, :], mask=valid, other=0.0).to(tl.float32)
         basis = tl.load(rotation + row[:, None] * D + column, mask=column < D, other=0.0)

@@ -27,7 +27,7 @@ def _quantize_query(
     valid = row < num_rows
     column = tl.arange(0, D_PAD)[None, :]
     rotated = tl.zeros((ROWS, D_PAD), tl.float32)
-    for k in tl.static_range(0, D, K_STEP):
+    for k in range(0, D, K_STEP):
         channel = k + tl.arange(0, K_STEP)
         x = tl.load(query + row[:, None] * D + channel[None, :], mask=valid[:, None], other=0.0)
         basis = tl.load(rotation + channel[:, None] * D + column, mask=column < D, other=0.0)
@@ -66,4 +66,5 @@ def quantize_query(query: Tensor, rotation: Tensor, levels: Tensor, steps: Tenso
         K_STEP=16,
         ROWS=ROWS,
         QUERY_LEVELS=QUERY_LEVELS,
+        num_warps=8 if dim > 128 else 4,
     )

@@ -195,7 +195,7 @@ def _score_centroids(
     head = s.to(tl.int64) * H + h
     g = tl.arange(0, G_PAD)
     dots = tl.zeros((TILE, G_PAD), tl.float32)
-    for k in tl.static_range(0, D, K_STEP):
+    for k in range(0, D, K_STEP):
         d = k + tl.arange(0, K_STEP)
         mean = tl.load(
             centroids + ((row * H + h) * D)[:, None] + d[None, :],
@@ -214,7 +214,7 @@ def _score_centroids(
 
 
 @triton.jit
-def _random_score(seed, step, head, sentence):
+def random_score(seed, step, head, sentence):
     x = (
         seed.to(tl.uint32) * 0x9E3779B1
         + step.to(tl.uint32) * 0x85EBCA77
@@ -307,7 +307,7 @@ def _reduce_scores(
         start, end = sentence_span(ends, i, i < count)
         touches = overlaps(start, end, lo, hi)
         if kind == RANDOM:
-            score = _random_score(tl.load(seeds + s), tl.load(step), h, i)
+            score = random_score(tl.load(seeds + s), tl.load(step), h, i)
         else:
             known = touches[None, :] & (g < G)
             code = tl.load(best + g * max_sentences + i[None, :], mask=known, other=0)
@@ -431,7 +431,7 @@ def score_sentences(
         G_PAD=triton.next_power_of_2(group),
         N=n,
         M=geometry.rows_per_page,
-        TILE=512,
+        TILE=256 if group > 8 else 512,
         CHUNK=CHUNK_TOKENS,
         num_warps=8,
     )

@@ -19,6 +19,7 @@ from .score_sentences import sentence_row
 from .workspace import Workspace
 
 MAX_BLOCKS = 8192  # history blocks whose keys one program holds in registers
+TILE = 512  # sentences at once
 
 EMPTY = tl.constexpr(LOWEST)
 
@@ -71,19 +72,17 @@ def _select_blocks(
         tl.store(coverage + head, 1.0)
         return
 
-    first += s.to(tl.int64) * first_stride + j * (N // GRANULE)
-    sentence = tl.load(first, mask=valid, other=0)
-    last = tl.load(first + N // GRANULE, mask=valid, other=-1)
+    first += s.to(tl.int64) * first_stride
+    sentence = tl.load(first + j * (N // GRANULE), mask=valid, other=0)
+    last = tl.load(first + (j + 1) * (N // GRANULE), mask=valid, other=-1)
     # The sentence of the next block's first token may begin there.
     before = valid & (last > sentence)
     aligned = tl.load(ends + last - 1, mask=before, other=0) == (j + 1) * N
     last = tl.minimum(tl.where(before & aligned, last - 1, last), count - 1)
     key = tl.full((BLOCKS,), EMPTY, tl.int32)
-    best = tl.full((BLOCKS,), -1, tl.int32)
     for _ in range(tl.max(last - sentence, 0) + 1):
         score = tl.load(scores + sentence, mask=sentence <= last, other=float("-inf"))
         code = tl.where(score > float("-inf"), to_ordered(score), EMPTY)
-        best = tl.where(code > key, sentence, best)
         key = tl.maximum(code, key)
         sentence += 1
 
@@ -102,8 +101,14 @@ def _select_blocks(
     position = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(blocks + position, j, mask=chosen)
 
+    # The last tied block came with the first sentence of that score that touches it; equally
+    # good sentences after it were not taken.
     end_code = (threshold ^ 0x80000000).to(tl.int32, bitcast=True)
-    end_sentence = tl.max(tl.where(tied, best, -1), 0)
+    end_block = tl.max(tl.where(tied, j, -1), 0)
+    i = tl.load(first + end_block * (N // GRANULE), mask=end_block >= 0, other=count)
+    i += tl.arange(0, TILE)
+    score = tl.load(scores + i, mask=i < count, other=float("-inf"))
+    end_sentence = tl.min(tl.where(to_ordered(score) == end_code, i, count), 0)
     covered = tl.zeros((TILE,), tl.float32)
     for begin in range(0, count, TILE):
         i = begin + tl.arange(0, TILE)
@@ -129,6 +134,7 @@ def select_blocks(
     """
     max_blocks = batch.pages.shape[1]
     assert max_blocks <= MAX_BLOCKS, f"{max_blocks} blocks, at most {MAX_BLOCKS}: larger blocks"
+    assert geometry.block_size <= TILE, f"blocks of at most {TILE} tokens"
     padded = triton.next_power_of_2(max(max_blocks, work.blocks.shape[2]))
     _select_blocks[(len(batch.budget_blocks), geometry.num_kv_heads)](
         work.scores,
@@ -153,7 +159,7 @@ def select_blocks(
         M=geometry.rows_per_page,
         GRANULE=GRANULE,
         BLOCKS=padded,
-        TILE=512,
-        num_warps=min(16, max(4, padded // 256)),
+        TILE=TILE,
+        num_warps=min(32, max(4, padded // 256)),
     )
     return work.blocks, work.coverage

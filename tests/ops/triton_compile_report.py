@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile every Triton kernel as its launchers call it, without a GPU; print what it takes.
+
+Run as `python -P tests/ops/triton_compile_report.py` without TRITON_INTERPRET: one JSON line
+per kernel, shape and architecture. A process of its own, since Triton is either compiled or
+interpreted throughout.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from sentencekv_vllm.ops.layer_ops import DecodeOutputs
+from sentencekv_vllm.triton_kernels.layer_ops import TritonOps
+from sentencekv_vllm.triton_kernels.sparse_decode import DecodeScratch, sparse_decode
+from sentencekv_vllm.triton_kernels.workspace import Workspace
+from sentencekv_vllm.types import Geometry, LayerPools, SparseBatch
+
+ARCHITECTURES = (80, 90)
+SHAPES = (  # head_dim, group, block_size, blocks of the longest request, selected blocks, dtype
+    (64, 1, 16, 512, 64, torch.float16),
+    (80, 7, 48, 512, 64, torch.bfloat16),
+    (128, 4, 16, 8192, 256, torch.bfloat16),
+    (256, 16, 128, 1024, 16, torch.bfloat16),
+)
+
+
+class Absent:
+    """A driver for a GPU that is not here; the device number is the architecture."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return {
+        "registers": int(found["REG"]),
+        # What does not fit the registers lies in the stack frame.
+        "spilled_bytes": int(found["STACK"]) + int(found["LOCAL"]),
+    }
+
+
+def launch_all(
+    head_dim: int, group: int, n: int, max_pages: int, selected: int, dtype: torch.dtype
+) -> None:
+    """Every launcher once, over uninitialised tensors of real shapes."""
+    s, h, m = 4, 8, 4
+    pages, blocks, sentences = 64, 64, min(8192, max_pages * 2)
+    geometry = Geometry(1, h, group, head_dim, n, m, head_dim**-0.5)
+    i32, u8, bf16 = torch.int32, torch.uint8, torch.bfloat16
+    pools = LayerPools(
+        cache=torch.empty(blocks, h, n, 2 * head_dim, dtype=dtype),
+        host=torch.empty(pages, h, n, 2 * head_dim, dtype=dtype),
+        bits=torch.empty(pages, h, head_dim // 8, n, dtype=u8),
+        scales=torch.empty(pages, h, n, dtype=bf16),
+        centroids=torch.empty(pages * m, h, head_dim, dtype=bf16),
+        kept=torch.empty(pages * m, h, dtype=u8),
+        page_slot=torch.empty(pages, h, dtype=i32),
+        slot_page=torch.empty(blocks, h, dtype=i32),
+        slot_stamp=torch.empty(blocks, h, dtype=i32),
+    )
+    shapes = {
+        "pages": (s, max_pages),
+        "row_pages": (s, sentences // m),
+        "sentence_ends": (s, sentences),
+        "private_blocks": (s, selected),
+    }
+    batch = SparseBatch(
+        **{
+            field.name: torch.empty(
+                shapes.get(field.name, (s,)),
+                dtype=torch.float32 if field.name == "retention" else i32,
+            )
+            for field in fields(SparseBatch)
+            if field.name != "step"
+        },
+        step=3,
+    )
+    width = selected + 16
+    out = DecodeOutputs(
+        head_tables=torch.empty(s, h, width, dtype=i32),
+        hits=torch.empty(s, dtype=torch.int64),
+        misses=torch.empty(s, dtype=torch.int64),
+        coverage=torch.empty(s),
+        stage_ns=torch.empty(4, dtype=torch.int64),
+    )
+    query = torch.empty(s, h * group, head_dim, dtype=dtype)
+    rotation, device = torch.empty(head_dim, head_dim), torch.device("cpu")
+    ids = torch.empty(5, dtype=i32)
+    ops = TritonOps(Workspace.allocate(geometry, s, max_pages, sentences, selected, device))
+    ops.index_pages(pools, ids, ids, ids, rotation)
+    ops.index_sentences(pools, ids, ids.expand(2, 5), ids.expand(3, 5), ids)
+    ops.decode_layer(geometry, pools, batch, query, rotation, out)
+    sparse_decode(
+        query,
+        *pools.cache.split(head_dim, -1),
+        out.head_tables,
+        batch.num_pages,
+        geometry.scale,
+        DecodeScratch.allocate(s, h * group, head_dim, width * n, device),
+        torch.empty_like(query),
+        torch.empty(s, h * group),
+    )
+
+
+def report() -> Iterator[dict[str, Any]]:
+    run = JITFunction.run
+    compiled: list[tuple[str, Any]] = []
+
+    def compile_only(self: Any, *args: Any, **kwargs: Any) -> None:
+        compiled.append((self.__name__, run(self, *args, **{**kwargs, "warmup": True})))
+
+    JITFunction.run = compile_only
+    for architecture in ARCHITECTURES:
+        driver.set_active(Absent(architecture))
+        for shape in SHAPES:
+            compiled.clear()
+            launch_all(*shape)
+            for name, kernel in compiled:
+                yield {
+                    "kernel": name.lstrip("_"),
+                    "architecture": architecture,
+                    "head_dim": shape[0],
+                    "group": shape[1],
+                    "block_size": shape[2],
+                    "warps": kernel.metadata.num_warps,
+                    "shared_bytes": kernel.metadata.shared,
+                    **resources(kernel.asm["cubin"]),
+                }
+
+
+if __name__ == "__main__":
+    for row in report():
+        print(json.dumps(row), flush=True)
