@@ -15,7 +15,7 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Completion:
-    """One greedy answer up to the end of the line."""
+    """One greedy answer, and whatever follows it up to the limit."""
 
     text: str
     output_tokens: int
@@ -90,12 +90,10 @@ class VllmEngine:
     ) -> Sequence[Completion]:
         from vllm import SamplingParams
 
+        # No stop string: vLLM finds it outside the engine, and the reply has no summary then.
         parameters = [
             SamplingParams(
-                temperature=0,
-                max_tokens=max_tokens,
-                stop=["\n"],
-                extra_args=request_arguments(policy),
+                temperature=0, max_tokens=max_tokens, extra_args=request_arguments(policy)
             )
             for policy in policies
         ]
