@@ -76,7 +76,7 @@ def test_steps_equal_tritons(build, cuda_kernels, workspace) -> None:
     twins = [
         Twin(make, case, cuda_kernels, workspace) for make in (TritonOps, cuda_layer_ops.CudaOps)
     ]
-    for step, query in enumerate(drifting_queries(case, cuda_kernels, 3), start=5):
+    for step, query in enumerate(drifting_queries(case, cuda_kernels, 2), start=5):
         for twin in twins:
             twin.decode(step, query)
         assert_same(*twins, step)
