@@ -131,8 +131,11 @@ struct Request {
 
   bool takes_everything() const { return budget == history_hi - history_lo; }
   int64_t sentence_start(int64_t i) const { return i ? sentence_ends[i - 1] : 0; }
-  int64_t row(int64_t i) const {
-    return static_cast<int64_t>(row_pages[i / rows_per_page]) * rows_per_page + i % rows_per_page;
+  // Row of every indexed sentence.
+  void fill_rows(int64_t* rows) const {
+    for (int64_t i = 0, page = 0; i < num_sentences; ++page)
+      for (int64_t m = 0; m < rows_per_page && i < num_sentences; ++m)
+        rows[i++] = row_pages[page] * rows_per_page + m;
   }
 };
 

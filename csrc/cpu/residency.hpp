@@ -31,7 +31,7 @@ inline Status resolve(const Pools& pools, const Request& request, int64_t head, 
   }
   if (misses == 0) return Status::kOk;
 
-  uint64_t* victims = scratch.ranking.reserve(request.working_set);
+  uint64_t* victims = scratch.victims.reserve(request.working_set);
   int64_t available = 0;
   for (int64_t i = 0; i < request.working_set; ++i) {
     const int32_t stamp = pools.slot_stamp[static_cast<int64_t>(request.private_blocks[i]) * heads + head];

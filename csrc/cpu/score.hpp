@@ -16,7 +16,7 @@ namespace sentencekv::cpu {
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-// `scores` and `mass` of the scratch hold the touched sentences.
+// `scores` and `mass` of the scratch hold the touched sentences, `rows` all of the request.
 struct Scored {
   Touched touched;
   float resident_mass;  // NaN: masses are unknown
@@ -90,7 +90,9 @@ inline Scored score(Isa isa, const Attention& attention, const Pools& pools,
   const int64_t group = attention.group_size, dim = pools.head_dim, n = pools.block_size;
   Scored scored{Touched(request, n), kNan};
   const int64_t count = scored.touched.count(), first = scored.touched.first;
-  float* scores = scratch.scores.reserve(count);
+  int64_t* rows = scratch.rows.reserve(request.num_sentences);
+  request.fill_rows(rows);
+  float* scores = scratch.scores.reserve(count + kLanes);
   float* mass = scratch.mass.reserve(count);
   if (request.kind == IndexKind::kRandom) {
     for (int64_t i = 0; i < count; ++i) {
@@ -116,7 +118,7 @@ inline Scored score(Isa isa, const Attention& attention, const Pools& pools,
     with_elements(attention.query_dtype, query, [&](const auto* elements) {
       for (int64_t i = 0; i < group * dim; ++i) plain[i] = elements[i];
     });
-    score_centroids(pools, request, head, group, scored.touched, plain,
+    score_centroids(pools, head, group, scored.touched, rows, plain,
                     scratch.best.reserve(group * count));
     std::fill(factor, factor + group, attention.scale);
   }
@@ -130,7 +132,7 @@ inline Scored score(Isa isa, const Attention& attention, const Pools& pools,
   }
   if (request.retention != 0)
     for (int64_t i = 0; i < count; ++i)
-      scores[i] += request.retention * pools.kept[request.row(first + i) * pools.heads + head];
+      scores[i] += request.retention * pools.kept[rows[first + i] * pools.heads + head];
   return scored;
 }
 

@@ -14,13 +14,15 @@ struct Scratch {
   QuantizedQuery query;
   Buffer<float> plain_query;  // [G, D]
   ScanTables tables[(kMaxGroup + kScanHeads - 1) / kScanHeads];
+  Buffer<int64_t> rows;       // of the request's sentences
   Buffer<const uint8_t*> stripes;
   Buffer<int16_t> dots;        // [G, tokens of a chunk]
   Buffer<float> estimates;     // [G, tokens of a chunk]
   Buffer<float> best;          // [G, sentences] logits before the head's factor
   Buffer<float> resident;      // [G, tokens outside the history]
   Buffer<float> scores, mass;  // [sentences]
-  Buffer<uint64_t> ranking;    // sort keys of sentences, then of victims
+  Buffer<float> winners;       // best score of each team of sentences
+  Buffer<uint64_t> victims;    // sort keys
   Buffer<uint64_t> taken;      // a bit for each history block
   Buffer<int32_t> blocks;      // selected
   Buffer<int32_t> missing;     // positions in `blocks`

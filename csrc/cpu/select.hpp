@@ -5,53 +5,63 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
-#include <functional>
 #include <limits>
 
 #include "args.hpp"
+#include "buffer.hpp"
 #include "score.hpp"
+#include "simd.hpp"
 
 namespace sentencekv::cpu {
 
-// Orders as the score does; of equal scores the earlier sentence is the larger key.
-inline uint64_t ranking_key(float score, int64_t i) {
-  const uint32_t bits = std::bit_cast<uint32_t>(score + 0.0f);  // -0 and 0 are one score
-  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return static_cast<uint64_t>(ordered) << 32 | (0xffffffffu - static_cast<uint32_t>(i));
-}
+// Sentences in descending score, of equal scores the earlier one first. A budget holds few
+// sentences, so the scores stay where they are and only each team of 16 knows its best.
+class Ranking {
+ public:
+  Ranking(float* scores, int64_t count, Buffer<float>& winners)
+      : scores_(scores), teams_((count + kLanes - 1) / kLanes) {
+    winners_ = winners.reserve(teams_ + kLanes);
+    std::fill(scores + count, scores + teams_ * kLanes, kLowest);
+    for (int64_t team = 0; team < teams_; ++team) update(team);
+  }
 
-inline void clear_kept(const Pools& pools, const Request& request, int64_t head) {
-  for (int64_t i = 0; i < request.num_sentences; ++i)
-    pools.kept[request.row(i) * pools.heads + head] = 0;
-}
+  // The next sentence, whose score is forgotten, or -1 if none is above -inf.
+  int64_t pop() {
+    const float best = max_of(winners_, teams_);
+    if (best == kLowest) return -1;
+    const int64_t team = std::find(winners_, winners_ + teams_, best) - winners_;
+    float* score = std::find(scores_ + team * kLanes, scores_ + (team + 1) * kLanes, best);
+    *score = kLowest;
+    update(team);
+    return score - scores_;
+  }
+
+ private:
+  static constexpr float kLowest = -std::numeric_limits<float>::infinity();
+
+  void update(int64_t team) { winners_[team] = max_of(scores_ + team * kLanes, kLanes); }
+
+  float* scores_;
+  float* winners_;
+  int64_t teams_;
+};
 
 // Fills scratch.blocks with `budget` history blocks, ascending, and `coverage`.
 inline Status select(const Pools& pools, const Request& request, int64_t head,
                      const Scored& scored, Scratch& scratch, float& coverage) {
   const int64_t n = pools.block_size, lo = request.history_lo, hi = request.history_hi;
-  const float* scores = scratch.scores.data();
   const float* mass = scratch.mass.data();
-  uint64_t* keys = scratch.ranking.reserve(scored.touched.count());
-  int64_t candidates = 0;
-  for (int64_t i = 0; i < scored.touched.count(); ++i)
-    if (scores[i] > -std::numeric_limits<float>::infinity())
-      keys[candidates++] = ranking_key(scores[i], i);
-
   const int64_t words = (hi - lo + 63) / 64;
   uint64_t* taken = scratch.taken.reserve(words);
   std::fill(taken, taken + words, 0);
-  clear_kept(pools, request, head);
+  const int64_t* rows = scratch.rows.data();
+  for (int64_t i = 0; i < request.num_sentences; ++i)
+    pools.kept[rows[i] * pools.heads + head] = 0;
   coverage = scored.resident_mass;
-  int64_t count = 0, sorted = 0;
-  for (int64_t next = 0; count < request.budget; ++next) {
-    if (next == candidates) return Status::kUntouchedBlock;
-    if (next == sorted) {  // a sentence brings about a block: most often one round is enough
-      sorted = std::min(candidates, 2 * sorted + request.budget);
-      if (sorted < candidates)
-        std::nth_element(keys + next, keys + sorted, keys + candidates, std::greater<>());
-      std::sort(keys + next, keys + sorted, std::greater<>());
-    }
-    const int64_t i = 0xffffffffu - static_cast<uint32_t>(keys[next]);
+  Ranking ranking(scratch.scores.data(), scored.touched.count(), scratch.winners);
+  for (int64_t count = 0; count < request.budget;) {
+    const int64_t i = ranking.pop();
+    if (i < 0) return Status::kUntouchedBlock;
     const int64_t sentence = scored.touched.first + i;
     const int64_t first = std::max(request.sentence_start(sentence) / n, lo);
     const int64_t last = std::min<int64_t>((request.sentence_ends[sentence] - 1) / n, hi - 1);
@@ -60,7 +70,7 @@ inline Status select(const Pools& pools, const Request& request, int64_t head,
       count += !(taken[block / 64] & bit);
       taken[block / 64] |= bit;
     }
-    pools.kept[request.row(sentence) * pools.heads + head] = 1;
+    pools.kept[rows[sentence] * pools.heads + head] = 1;
     coverage += mass[i];
   }
   int32_t* blocks = scratch.blocks.reserve(request.budget);

@@ -2,7 +2,6 @@
 // Vectors of bytes with a 16-entry table look-up, one type per instruction set.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -21,6 +20,46 @@ constexpr int64_t kLanes = 16;
 
 inline Floats load_floats(const float* p) { return *reinterpret_cast<const Floats*>(p); }
 inline void store_floats(float* p, Floats v) { *reinterpret_cast<Floats*>(p) = v; }
+
+inline Floats load_bfloat16s(const uint16_t* p) {
+  typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  return (Floats)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16);
+}
+inline float lane_sum(Floats v) {
+  const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
+                    __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// Largest of n floats, NaNs aside; -inf if there is none. Up to 15 floats more are read.
+inline float max_of(const float* p, int64_t n) {
+  typedef int32_t Ints __attribute__((vector_size(64)));
+  const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Floats lowest = Floats{} - std::numeric_limits<float>::infinity();
+  Floats best = lowest;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats x = load_floats(p + i);
+    best = x > best ? x : best;
+  }
+  if (i < n) {
+    const Floats x = lane < static_cast<int32_t>(n - i) ? load_floats(p + i) : lowest;
+    best = x > best ? x : best;
+  }
+  const auto a = __builtin_shufflevector(best, best, 0, 1, 2, 3, 4, 5, 6, 7);
+  const auto b = __builtin_shufflevector(best, best, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto eight = a > b ? a : b;
+  const auto c = __builtin_shufflevector(eight, eight, 0, 1, 2, 3);
+  const auto d = __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  const auto four = c > d ? c : d;
+  const float e = four[0] > four[2] ? four[0] : four[2];
+  const float f = four[1] > four[3] ? four[1] : four[3];
+  return e > f ? e : f;
+}
+
 
 struct Portable {
   static constexpr int64_t kBytes = 16;
@@ -50,12 +89,6 @@ struct Portable {
     }
   }
   static Bytes even_sums(Bytes low, Bytes odd) { return (Bytes)((Words)low - ((Words)odd << 8)); }
-
-  static float max(const float* p, int64_t n) {
-    float best = -std::numeric_limits<float>::infinity();
-    for (int64_t i = 0; i < n; ++i) best = std::max(best, p[i]);
-    return best;
-  }
 };
 
 #if defined(__AVX2__)
@@ -94,16 +127,7 @@ struct Avx2 {
     auto* p = reinterpret_cast<__m256i*>(out);
     _mm256_storeu_si256(p, _mm256_permute2x128_si256(first, second, 0x20));
     if (tokens > 16) _mm256_storeu_si256(p + 1, _mm256_permute2x128_si256(first, second, 0x31));
-  }
-  static float max(const float* p, int64_t n) {
-    if (n < 8) return Portable::max(p, n);
-    __m256 best = _mm256_loadu_ps(p + n - 8);  // the last vector overlaps: max does not mind
-    for (int64_t i = 0; i + 8 < n; i += 8) best = _mm256_max_ps(best, _mm256_loadu_ps(p + i));
-    __m128 half = _mm_max_ps(_mm256_castps256_ps128(best), _mm256_extractf128_ps(best, 1));
-    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
-  }
-};
+  }};
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
@@ -150,17 +174,7 @@ struct Avx512 {
     _mm512_storeu_si512(out + 32,
                         _mm512_permutex2var_epi64(
                             first, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), second));
-  }
-  static float max(const float* p, int64_t n) {
-    const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    __m512 best = lowest;
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) best = _mm512_max_ps(best, _mm512_loadu_ps(p + i));
-    const auto rest = static_cast<__mmask16>((1u << (n - i)) - 1);
-    best = _mm512_max_ps(best, _mm512_mask_loadu_ps(lowest, rest, p + i));
-    return _mm512_reduce_max_ps(best);
-  }
-};
+  }};
 #endif
 
 }  // namespace sentencekv::cpu

@@ -47,7 +47,7 @@ void estimate_tokens(const Pools& pools, const Request& request, int64_t head, i
 
   const uint8_t** stripes = scratch.stripes.reserve(chunk_blocks * stripes_per_block);
   int16_t* dots = scratch.dots.reserve(group * chunk);
-  float* estimates = scratch.estimates.reserve((group + 1) * chunk);
+  float* estimates = scratch.estimates.reserve((group + 1) * chunk + kLanes);
   float* scales = estimates + group * chunk;
   float* best = scratch.best.reserve(group * touched.count());
   float* resident = scratch.resident.reserve(group * resident_stride);
@@ -102,7 +102,7 @@ void estimate_tokens(const Pools& pools, const Request& request, int64_t head, i
       if (a < b)
         for (int64_t g = 0; g < group; ++g) {
           float& value = best[g * touched.count() + sentence - touched.first];
-          value = std::max(value, Simd::max(estimates + g * chunk + a - from, b - a));
+          value = std::max(value, max_of(estimates + g * chunk + a - from, b - a));
         }
       if (stop > to) break;
     }

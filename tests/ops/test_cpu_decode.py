@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`decode_layer` in C++ does what the stages in plain PyTorch do, state included."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from sentencekv_vllm.ops.cpu import CpuOps
+from sentencekv_vllm.ops.layer_ops import DecodeOutputs, ReferenceOps
+from sentencekv_vllm.ops.load import load_layer_ops
+from sentencekv_vllm.ops.score_sentences import score_sentences, sentence_rows
+from sentencekv_vllm.types import IndexKind, LayerPools, Reduce
+
+from .layer_cases import UNWRITTEN, Case, Layer, Row, build, copy_pools, same_bytes
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+TIE = 1e-5  # relative; scores as near as this may rank either way
+KINDS = (IndexKind.TOKEN_BITS, IndexKind.CENTROID)
+EVERY_KIND = tuple(
+    Row(tokens, budget, kind, reduce, retention)
+    for tokens, budget, kind, reduce, retention in (
+        (577, 4, IndexKind.TOKEN_BITS, Reduce.SOFTMAX_MEAN, 5.0),
+        (1111, 6, IndexKind.CENTROID, Reduce.MEAN, 0.0),
+        (300, None, IndexKind.TOKEN_BITS, Reduce.MAX, 5.0),
+        (640, 3, IndexKind.RANDOM, Reduce.MEAN, 1.0),
+        (97, 1, IndexKind.CENTROID, Reduce.SOFTMAX_MEAN, 0.5),
+        (63, 2, IndexKind.TOKEN_BITS, Reduce.MEAN, 0.0),
+    )
+)
+CASES = {
+    **{f"D{d}-N32": Case(dim=d) for d in (64, 80, 96, 128, 256)},
+    **{f"D{d}-N{n}": Case(dim=d, block=n) for d in (80, 128) for n in (16, 48, 64, 128)},
+    **{f"G{g}": Case((Row(), Row(577, 3, kind=IndexKind.CENTROID)), group=g) for g in (1, 7, 8)},
+    **{
+        f"{kind.name}-{reduce.name}": Case((Row(kind=kind, reduce=reduce, retention=0.3),))
+        for kind in KINDS
+        for reduce in Reduce
+    },
+    "every-kind": Case(EVERY_KIND, heads=3),
+    "every-kind-N16": Case(EVERY_KIND, block=16, dim=80, group=7),
+    "no-budget": Case((Row(budget=0), Row(budget=0, reduce=Reduce.MAX))),
+    "whole-history": Case((Row(budget=None), Row(tokens=320, budget=None))),
+    "no-history": Case((Row(tokens=90), Row(tokens=33, budget=None))),
+    "sentences-longer-than-budget": Case((Row(tokens=2000, sentences=4, budget=3),)),
+    "one-sentence": Case((Row(sentences=1, budget=3),)),
+    "sentences-of-one-token": Case((Row(tokens=320, sentences=320, budget=3),)),
+    "8192-tokens": Case((Row(tokens=8192, budget=27, sentences=577),), group=2, dim=64),
+    "tight-working-set": Case((Row(retention=0.0, budget=5),), working_set=5),
+    "float16": Case(dtype=torch.float16),
+    "float32": Case(EVERY_KIND, dtype=torch.float32),
+    "spread-blocks": Case(spread=True),
+}
+
+
+@pytest.fixture(scope="module")
+def ops() -> CpuOps:
+    """With scratch memory that a larger layer left full of NaN."""
+    cpu = load_layer_ops("cpu")
+    assert isinstance(cpu, CpuOps)
+    for kind in KINDS:
+        larger = build(Case((Row(9000, 40, kind, sentences=900),), heads=1, group=8, dim=256))
+        larger.pools.scales.fill_(float("nan"))
+        nan = torch.full((1, 8, 256), float("nan"))
+        with suppress(RuntimeError):  # NaN scores select nothing
+            run(cpu, larger, larger.pools, nan, 1)
+    return cpu
+
+
+@pytest.fixture
+def isa(ops: CpuOps, request: pytest.FixtureRequest):
+    if ops.limit_isa(request.param) != request.param:
+        ops.limit_isa(2)
+        pytest.skip("the CPU lacks the instruction set")
+    yield request.param
+    ops.limit_isa(2)
+
+
+def ties_only(layer: Layer, scores: Tensor, kept: Tensor, other: Tensor) -> bool:
+    """Whether two selections are equal. Where they are not, the scores must be tied."""
+    equal = True
+    for s in range(len(layer.batch.num_pages)):
+        rows = sentence_rows(layer.batch, s, layer.geometry.rows_per_page)
+        for h in range(layer.geometry.num_kv_heads):
+            mine = scores[s, h, : len(rows)][kept[rows, h] > other[rows, h]]
+            theirs = scores[s, h, : len(rows)][kept[rows, h] < other[rows, h]]
+            if len(mine) or len(theirs):
+                equal = False
+                apart = (mine[:, None] - theirs[None]).abs()
+                assert float(apart.max()) <= TIE * float(mine.abs().max().clamp(min=1))
+    return equal
+
+
+def run(cpu: CpuOps, layer: Layer, pools: LayerPools, query: Tensor, step: int) -> DecodeOutputs:
+    out = layer.outputs()
+    cpu.decode_layer(layer.geometry, pools, layer.at(step), query, layer.rotation, out)
+    return out
+
+
+def assert_step(ops: CpuOps, layer: Layer, mine: LayerPools, query: Tensor, step: int) -> bool:
+    """One step of both, compared; returns whether the selections were equal."""
+    batch, theirs = layer.at(step), layer.pools
+    scores, _ = score_sentences(layer.geometry, theirs, batch, query, layer.rotation)
+    want = layer.outputs()
+    ReferenceOps().decode_layer(layer.geometry, theirs, batch, query, layer.rotation, want)
+    got = run(ops, layer, mine, query, step)
+    if not ties_only(layer, scores, theirs.kept, mine.kept):
+        return False
+    assert torch.equal(got.head_tables, want.head_tables)
+    assert torch.equal(got.hits, want.hits) and torch.equal(got.misses, want.misses)
+    torch.testing.assert_close(got.coverage, want.coverage, rtol=1e-5, atol=1e-6, equal_nan=True)
+    for field in fields(LayerPools):
+        assert same_bytes(getattr(mine, field.name), getattr(theirs, field.name)), field.name
+    return True
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_every_step_leaves_the_state_of_the_reference(ops: CpuOps, case: Case) -> None:
+    layer = build(case)
+    mine = copy_pools(layer.pools)
+    for step in range(4):
+        if not assert_step(ops, layer, mine, layer.query(step), step):
+            mine = copy_pools(layer.pools)
+
+
+@pytest.mark.parametrize("working_set", [4, 5, 9])
+def test_lru_of_many_steps(ops: CpuOps, working_set: int) -> None:
+    rows = (Row(900, 4, retention=0.0), Row(577, 3, IndexKind.RANDOM))
+    layer = build(Case(rows, working_set=working_set, group=1, dim=64))
+    mine = copy_pools(layer.pools)
+    for step in range(40):
+        query = layer.query(step // 2)  # every other step repeats its query: all hits
+        assert assert_step(ops, layer, mine, query, step), "a tie: choose another seed"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slots_of_the_table_hold_the_pages(ops: CpuOps, kind: IndexKind) -> None:
+    layer = build(Case((Row(kind=kind, retention=0.0),), spread=True))
+    n, heads = layer.geometry.block_size, layer.geometry.num_kv_heads
+    for step in range(5):
+        out = run(ops, layer, layer.pools, layer.query(step), step)
+        lo, budget = int(layer.batch.history_lo), int(layer.batch.budget_blocks)
+        assert bool((out.head_tables[:, :, :lo] == UNWRITTEN).all())
+        assert bool((out.head_tables[:, :, lo + budget :] == UNWRITTEN).all())
+        for h in range(heads):
+            ids = out.head_tables[0, h, lo : lo + budget].long()
+            assert bool((ids % heads == h).all())
+            pages = layer.pools.slot_page[ids // heads, h].long()
+            history = layer.batch.pages[0, lo : int(layer.batch.history_hi)].tolist()
+            order = [history.index(page) for page in pages.tolist()]
+            assert order == sorted(set(order)), "ascending, each block once"
+            content = layer.pools.cache[ids // heads, h]
+            assert content.shape == (budget, n, 2 * layer.geometry.head_dim)
+            assert same_bytes(content, layer.pools.host[pages, h])
+
+
+@pytest.mark.parametrize("isa", [0, 1, 2], indirect=True, ids=["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("block", [16, 32, 48, 64, 128])
+@pytest.mark.parametrize("dim", [80, 128])
+def test_instruction_sets_agree_bit_for_bit(ops: CpuOps, isa: int, block: int, dim: int) -> None:
+    """Scans are exact integers, so every float after them is the same."""
+    layer = build(Case((Row(1111), Row(577, reduce=Reduce.MAX)), block=block, dim=dim, group=7))
+    mine = copy_pools(layer.pools)
+    query = layer.query(0)
+    narrow = run(ops, layer, mine, query, 1)
+    ops.limit_isa(2)
+    wide = run(ops, layer, layer.pools, query, 1)
+    assert torch.equal(narrow.head_tables, wide.head_tables)
+    assert same_bytes(narrow.coverage, wide.coverage)
+    assert same_bytes(mine.kept, layer.pools.kept)
+
+
+def test_threads_change_nothing(ops: CpuOps) -> None:
+    layer = build(Case(EVERY_KIND, heads=4))
+    mine = copy_pools(layer.pools)
+    before = torch.get_num_threads()
+    try:
+        for step in range(5):
+            query = layer.query(step)
+            torch.set_num_threads(1)
+            one = run(ops, layer, layer.pools, query, step)
+            torch.set_num_threads(3)
+            three = run(ops, layer, mine, query, step)
+            assert torch.equal(one.head_tables, three.head_tables)
+            assert same_bytes(one.coverage, three.coverage)
+            assert torch.equal(one.misses, three.misses)
+            assert same_bytes(layer.pools.cache, mine.cache)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_improbable_sentences_are_ranked(ops: CpuOps) -> None:
+    """Probabilities below the smallest float still have an order."""
+    layer = build(Case((Row(reduce=Reduce.SOFTMAX_MEAN, retention=0.0, budget=14),), dim=64))
+    mine = copy_pools(layer.pools)
+    assert assert_step(ops, layer, mine, 400 * layer.query(0), 1)
+
+
+def test_reindexed_page_is_read_anew(ops: CpuOps) -> None:
+    layer = build(Case((Row(retention=0.0),)))
+    mine = copy_pools(layer.pools)
+    assert assert_step(ops, layer, mine, layer.query(0), 1)
+    resident = (layer.pools.page_slot >= 0).any(1).nonzero()[0].int()
+    block = torch.tensor([0], dtype=torch.int32)
+    content = torch.randn(layer.pools.cache.shape[1:], generator=torch.Generator().manual_seed(5))
+    for pools, index in ((layer.pools, ReferenceOps().index_pages), (mine, ops.index_pages)):
+        pools.cache[0] = content.to(pools.cache.dtype)
+        index(pools, block, resident, layer.key_offset, layer.rotation)
+        assert bool((pools.page_slot[resident.long()] == -1).all())
+    assert same_bytes(mine.bits, layer.pools.bits) and same_bytes(mine.host, layer.pools.host)
+    for step in range(2, 5):
+        assert assert_step(ops, layer, mine, layer.query(step), step)
+
+
+def test_stage_times_are_added(ops: CpuOps) -> None:
+    layer = build(Case())
+    out = layer.outputs()
+    for step in (1, 2):
+        before = out.stage_ns.clone()
+        ops.decode_layer(
+            layer.geometry, layer.pools, layer.at(step), layer.query(step), layer.rotation, out
+        )
+        assert bool((out.stage_ns >= before).all()) and int(out.stage_ns[0]) > int(before[0])
+
+
+def test_small_working_set_is_an_error(ops: CpuOps) -> None:
+    layer = build(Case())
+    batch = replace(layer.batch, private_blocks=layer.batch.private_blocks[:, :3])
+    with pytest.raises(RuntimeError, match="private blocks"):
+        ops.decode_layer(
+            layer.geometry, layer.pools, batch, layer.query(0), layer.rotation, layer.outputs()
+        )
+
+
+def test_history_without_sentences_is_an_error(ops: CpuOps) -> None:
+    layer = build(Case())
+    batch = replace(layer.batch, num_sentences=torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="touched by a sentence"):
+        ops.decode_layer(
+            layer.geometry, layer.pools, batch, layer.query(0), layer.rotation, layer.outputs()
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("num_pages", lambda t: t.long()),
+        ("pages", lambda t: t.t().contiguous().t()),
+        ("retention", lambda t: t.double()),
+        ("seed", lambda t: t.repeat(2)),
+    ],
+)
+def test_batches_the_c_code_cannot_read_are_refused(ops: CpuOps, name: str, change) -> None:
+    layer = build(Case((Row(), Row())))
+    batch = replace(layer.batch, **{name: change(getattr(layer.batch, name))})
+    with pytest.raises(ValueError, match=name):
+        ops.decode_layer(
+            layer.geometry, layer.pools, batch, layer.query(0), layer.rotation, layer.outputs()
+        )
+
+
+def test_queries_and_tables_of_other_shapes_are_refused(ops: CpuOps) -> None:
+    layer, other = build(Case()), build(Case((Row(), Row())))
+    with pytest.raises(ValueError, match="query"):
+        run(ops, layer, layer.pools, other.query(0), 1)
+    with pytest.raises(ValueError, match="head_tables"):
+        ops.decode_layer(
+            layer.geometry,
+            layer.pools,
+            layer.at(1),
+            layer.query(0),
+            layer.rotation,
+            other.outputs(),
+        )
