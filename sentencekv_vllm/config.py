@@ -99,10 +99,19 @@ class SentenceKVConfig:
         hints = get_type_hints(type(self))
         for f in fields(self):
             _check(f.name, getattr(self, f.name), hints[f.name], **f.metadata)
-        if self.max_sentence_tokens < self.min_sentence_tokens:
+        # A sentence one token over the maximum is cut in two: both halves must be long enough.
+        if 2 * self.min_sentence_tokens > self.max_sentence_tokens + 1:
             raise ConfigError(
-                f"max_sentence_tokens {self.max_sentence_tokens} is below min_sentence_tokens "
-                f"{self.min_sentence_tokens}: raise it to {self.min_sentence_tokens}"
+                f"max_sentence_tokens {self.max_sentence_tokens} is below twice "
+                f"min_sentence_tokens {self.min_sentence_tokens}: raise it to "
+                f"{2 * self.min_sentence_tokens}"
+            )
+        low, high = self.min_sentence_tokens, self.max_sentence_tokens
+        fixed = self.fixed_sentence_tokens
+        if self.segmenter == "fixed" and not low <= fixed <= high:
+            raise ConfigError(
+                f"fixed_sentence_tokens {fixed} lies outside min_sentence_tokens {low} and "
+                f"max_sentence_tokens {high}: set it to {min(max(fixed, low), high)}"
             )
         overrides = [name for name in ("index", "query", "head_reduce", "retention")
                      if getattr(self, name) is not None]  # fmt: skip

@@ -7,8 +7,12 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 HAS_GPU = torch.cuda.is_available()
+
+settings.register_profile("shared-machine", deadline=None)  # times say nothing on a busy one
+settings.load_profile("shared-machine")
 
 if not HAS_GPU:
     # Before any test module imports vLLM, which imports Triton: it is read at that moment.

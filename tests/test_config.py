@@ -56,7 +56,7 @@ def test_nothing_typed_means_the_defaults():
         ({"head_reduce": "sum"}, ["head_reduce", "softmax_mean, max, mean"]),
         (
             {"min_sentence_tokens": 80},
-            ["max_sentence_tokens 64", "min_sentence_tokens 80", "raise it to 80"],
+            ["max_sentence_tokens 64", "min_sentence_tokens 80", "raise it to 160"],
         ),
         ({"policy": "full", "retention": 1.0}, ["'full'", "retention", "remove it"]),
         (

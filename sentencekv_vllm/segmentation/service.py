@@ -36,8 +36,8 @@ class SegmentationService:
     """Finds the sentences of each request's prompt once, without holding up the caller.
 
     Args:
-        segmenter: "auto" (spaCy where it keeps up, else the punctuation table), "spacy",
-            "punctuation" or "fixed".
+        segmenter: "auto" (spaCy as long as it keeps up, the punctuation table from the first
+            prompt on where it does not), "spacy", "punctuation" or "fixed".
         vocabulary: the pieces of the model's tokenizer; None if it has none.
         min_sentence_tokens: shorter sentences join the following one.
         max_sentence_tokens: longer sentences are cut.
@@ -76,6 +76,7 @@ class SegmentationService:
         self.boundary_tokens: NDArray[np.bool_] | None = None
         self._strict = segmenter == "spacy"
         self._spacy: SpacyProcess | None = None
+        self._overtaken = False  # "auto" has seen that spaCy does not keep up
         self._pending: dict[str, _Pending] = {}
         self._ends: dict[str, Ends] = {}
         self._said: set[str] = set()
@@ -99,6 +100,11 @@ class SegmentationService:
         else:
             self._say("spaCy is not installed: sentences end by the punctuation table")
 
+    def warm_up(self) -> None:
+        """Start spaCy now, where it is used: its import takes some 2 s."""
+        if self._spacy is not None:
+            self._spacy.submit(np.empty(0, np.int32))
+
     def submit(self, request_id: str, token_ids: TokenIds, allowed_delay_s: float = 0.0) -> None:
         """Begin with a prompt. Takes about 10 ns a token if the table answers, else a few us.
 
@@ -110,7 +116,7 @@ class SegmentationService:
         """
         if request_id in self._pending or request_id in self._ends:
             raise ValueError(f"request {request_id!r} was submitted before: drop it first")
-        if self._spacy is None:
+        if self._spacy is None or self._overtaken:
             self._answer(request_id, token_ids)
             return
         allowed = math.inf if self._strict else allowed_delay_s
@@ -195,6 +201,8 @@ class SegmentationService:
 
     def _stand_in(self, request_id: str, token_ids: TokenIds, reason: str) -> Ends:
         self.stats[reason] += 1
+        # For good: the same prompt should not be cut now this way, now that.
+        self._overtaken = not self._strict and reason != "spacy_failed"
         self._say("%s: sentences end by the punctuation table (said once)", reason)
         return self._answer(request_id, token_ids)
 

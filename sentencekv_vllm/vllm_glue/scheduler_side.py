@@ -76,6 +76,7 @@ class SchedulerSide:
             max_sentence_tokens=config.max_sentence_tokens,
             fixed_length=config.fixed_sentence_tokens,
         )
+        self._service.warm_up()
         self._segmentation = PacedSegmentation(self._service)
         self.ledger = Ledger(limits, PagePool(resolved.num_pages), self._segmentation)
         self._manager: SentenceKVManager | None = None
