@@ -30,7 +30,7 @@ cudaError_t to_device_address(Pointer* pointer) {
   cudaPointerAttributes attributes;
   const cudaError_t status = cudaPointerGetAttributes(&attributes, *pointer);
   if (status != cudaSuccess) return status;
-  if (attributes.devicePointer == nullptr) return cudaErrorHostMemoryNotRegistered;
+  if (attributes.type == cudaMemoryTypeUnregistered) return cudaErrorHostMemoryNotRegistered;
   *pointer = attributes.devicePointer;
   return cudaSuccess;
 }

@@ -36,7 +36,9 @@ enum cudaError_t {
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaMemcpyKind { cudaMemcpyDefault };
 using cudaStream_t = void*;
+enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost };
 struct cudaPointerAttributes {
+  cudaMemoryType type;
   void* devicePointer;
 };
 struct dim3 {
@@ -58,7 +60,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return cudaSuccess;
 }
 inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* out, const void* pointer) {
-  out->devicePointer = const_cast<void*>(pointer);
+  *out = {cudaMemoryTypeHost, const_cast<void*>(pointer)};
   return cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind,
