@@ -43,7 +43,7 @@ inline size_t resolve_shared_bytes(const ResolveResidencyArgs& a) {
 
 /// One block per (KV head, request). A page and a slot belong to one request, so blocks share
 /// nothing but the totals.
-__global__ void __launch_bounds__(kMaxResolveThreads)
+static __global__ void __launch_bounds__(kMaxResolveThreads)
     resolve_residency_kernel(const ResolveResidencyArgs a) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const int padded_slots = padded(a.num_slots);

@@ -76,7 +76,8 @@ __device__ inline int first_above(const int32_t* ends, int count, int value) {
 }
 
 /// A fixed grid whose warps take the pieces of all misses in turn.
-__global__ void __launch_bounds__(kCopyThreads) gather_misses_kernel(const GatherMissesArgs a) {
+static __global__ void __launch_bounds__(kCopyThreads)
+    gather_misses_kernel(const GatherMissesArgs a) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   int32_t* ends = reinterpret_cast<int32_t*>(shared_memory);  // [regions] running sum of counts
   int32_t* warp_totals = ends + a.num_regions;
@@ -109,7 +110,8 @@ __global__ void __launch_bounds__(kCopyThreads) gather_misses_kernel(const Gathe
   }
 }
 
-__global__ void __launch_bounds__(kCopyThreads) copy_pages_kernel(const CopyPagesArgs a) {
+static __global__ void __launch_bounds__(kCopyThreads)
+    copy_pages_kernel(const CopyPagesArgs a) {
   const int pieces = pieces_of(a.page_bytes);
   const int64_t units = static_cast<int64_t>(a.num_pairs) * pieces;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
