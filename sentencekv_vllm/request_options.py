@@ -3,16 +3,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .config import closest
+from .config import INDEX_NAMES, REDUCE_NAMES, closest
 from .policies import POLICIES, SelectionPolicy
 from .resolved import ResolvedConfig
 
 SWITCH, POLICY, BUDGET = "sentencekv", "sentencekv_policy", "sentencekv_token_budget"
-KEYS = (SWITCH, POLICY, BUDGET)
+RANKING: dict[str, tuple[str, Mapping[str, Any] | None]] = {
+    "sentencekv_index": ("index", INDEX_NAMES),
+    "sentencekv_query": ("query", {"current": "current", "running_mean": "running_mean"}),
+    "sentencekv_head_reduce": ("reduce", REDUCE_NAMES),
+    "sentencekv_retention": ("retention", None),  # a number
+}
+"""Parts of the policy by option; they are there to compare rankings on one server."""
+KEYS = (SWITCH, POLICY, BUDGET, *RANKING)
 
 
 class RequestOptionsError(ValueError):
@@ -43,6 +51,7 @@ class RequestOptions:
                 raise RequestOptionsError(f"unknown option {key!r}: {closest(key, KEYS)}")
         enabled = _switch(given.get(SWITCH, "on"))
         policy = _policy(given[POLICY], resolved) if POLICY in given else resolved.policy
+        policy = _ranking(policy, {k: v for k, v in given.items() if k in RANKING})
         budget = _budget(given[BUDGET]) if BUDGET in given else resolved.config.token_budget
         if policy.selects:
             _check_fit(budget, resolved)
@@ -63,6 +72,26 @@ def _policy(name: Any, resolved: ResolvedConfig) -> SelectionPolicy:
             f"{POLICY} {name!r} is not known: {closest(name, tuple(POLICIES))}"
         )
     return POLICIES[name]
+
+
+def _ranking(policy: SelectionPolicy, given: Mapping[str, Any]) -> SelectionPolicy:
+    if given and policy.index is None:
+        raise RequestOptionsError(
+            f"policy {policy.name!r} ranks nothing, so {', '.join(given)} cannot apply: remove "
+            f"{'it' if len(given) == 1 else 'them'}"
+        )
+    changes: dict[str, Any] = {}
+    for key, value in given.items():
+        field, names = RANKING[key]
+        if names is None:
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise RequestOptionsError(f"{key} is a number of at least 0, got {value!r}")
+            changes[field] = float(value)
+        elif value in names:
+            changes[field] = names[value]
+        else:
+            raise RequestOptionsError(f"{key} {value!r} is not known: {closest(value, [*names])}")
+    return replace(policy, **changes)
 
 
 def _budget(value: Any) -> int:

@@ -9,6 +9,7 @@ from sentencekv_vllm.config import SentenceKVConfig
 from sentencekv_vllm.policies import POLICIES
 from sentencekv_vllm.request_options import RequestOptions, RequestOptionsError
 from sentencekv_vllm.resolved import ResolvedConfig, resolve
+from sentencekv_vllm.types import IndexKind, Reduce
 
 
 def server(**settings: object) -> ResolvedConfig:
@@ -55,6 +56,18 @@ def test_naming_the_servers_policy_keeps_its_overrides():
     assert options.policy.retention == 1.5
 
 
+def test_the_ranking_can_be_taken_apart():
+    extra = {
+        "sentencekv_index": "centroid",
+        "sentencekv_query": "running_mean",
+        "sentencekv_head_reduce": "max",
+        "sentencekv_retention": 0,
+    }
+    policy = RequestOptions.parse(extra, server()).policy
+    found = (policy.index, policy.query, policy.reduce, policy.retention)
+    assert found == (IndexKind.CENTROID, "running_mean", Reduce.MAX, 0.0)
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
@@ -68,6 +81,13 @@ def test_naming_the_servers_policy_keeps_its_overrides():
         ({"sentencekv_token_budget": True}, ["whole number", "True"]),
         ({"sentencekv_token_budget": "-1"}, ["whole number", "'-1'"]),
         ({"sentencekv_token_budget": 191}, ["191", "smallest budget is 192"]),
+        ({"sentencekv_index": "centroids"}, ["did you mean 'centroid'?"]),
+        ({"sentencekv_retention": "5"}, ["sentencekv_retention", "number", "'5'"]),
+        ({"sentencekv_retention": float("inf")}, ["sentencekv_retention", "inf"]),
+        (
+            {"sentencekv_policy": "streaming", "sentencekv_query": "current"},
+            ["'streaming'", "sentencekv_query", "remove it"],
+        ),
         ({"sentencekv_token_budget": 1249}, ["1249", "34 blocks", "largest budget is 1248"]),
     ],
     ids=lambda value: None if isinstance(value, list) else repr(value),
