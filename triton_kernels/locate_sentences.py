@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sentence every 16th token lies in: one search per step instead of one per use."""
+"""Where sentences lie: which one holds every 16th token, their spans and their rows."""
 
 import triton
 import triton.language as tl
@@ -8,6 +8,26 @@ from torch import Tensor
 from ..types import SparseBatch
 
 GRANULE = 16  # tokens; divides every block size
+
+
+@triton.jit
+def sentence_span(ends, i, valid):
+    """Tokens [start, end) of sentences `i`."""
+    start = tl.load(ends + i - 1, mask=valid & (i > 0), other=0)
+    return start, tl.load(ends + i, mask=valid, other=0)
+
+
+@triton.jit
+def overlaps(start, end, lo, hi):
+    """Whether [start, end) and [lo, hi) share a token."""
+    return tl.maximum(start, lo) < tl.minimum(end, hi)
+
+
+@triton.jit
+def sentence_row(row_pages, i, valid, M: tl.constexpr):
+    """int64 row of sentences `i` in the centroid and retention pools."""
+    page = tl.load(row_pages + i // M, mask=valid, other=0).to(tl.int64)
+    return page * M + i % M
 
 
 @triton.jit

@@ -13,9 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import Geometry, LayerPools, SparseBatch
-from .locate_sentences import GRANULE
+from .locate_sentences import GRANULE, sentence_row
 from .ordered import LOWEST, to_ordered
-from .score_sentences import sentence_row
 from .workspace import Workspace
 
 MAX_BLOCKS = 8192  # history blocks whose keys one program holds in registers

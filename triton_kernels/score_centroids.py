@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inner products of the queries with sentence centroids."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..types import Geometry, IndexKind, LayerPools, SparseBatch
+from .locate_sentences import overlaps, sentence_row, sentence_span
+from .ordered import to_ordered
+from .workspace import Workspace
+
+CENTROID = tl.constexpr(int(IndexKind.CENTROID))
+TILE = 64  # sentences a program scores
+
+
+@triton.jit
+def _score_centroids(
+    centroids,
+    query,
+    row_pages,
+    ends,
+    num_sentences,
+    history_lo,
+    history_hi,
+    index_kind,
+    best,
+    scale,
+    row_pages_stride,
+    ends_stride,
+    max_sentences,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D: tl.constexpr,
+    K_STEP: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    s = tl.program_id(1)
+    h = tl.program_id(2)
+    count = tl.load(num_sentences + s)
+    if tl.load(index_kind + s) != CENTROID or tl.program_id(0) * TILE >= count:
+        return
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    start, end = sentence_span(ends + s.to(tl.int64) * ends_stride, i, i < count)
+    touches = overlaps(start, end, tl.load(history_lo + s) * N, tl.load(history_hi + s) * N)
+    row = sentence_row(row_pages + s.to(tl.int64) * row_pages_stride, i, touches, M)
+    head = s.to(tl.int64) * H + h
+    g = tl.arange(0, G_PAD)
+    dots = tl.zeros((TILE, G_PAD), tl.float32)
+    for k in range(0, D, K_STEP):
+        d = k + tl.arange(0, K_STEP)
+        mean = tl.load(
+            centroids + ((row * H + h) * D)[:, None] + d[None, :],
+            mask=touches[:, None],
+            other=0.0,
+        )
+        q = tl.load(
+            query + (head * G + g)[None, :] * D + d[:, None], mask=(g < G)[None, :], other=0.0
+        )
+        dots = tl.dot(mean.to(tl.float32), q.to(tl.float32), dots, input_precision=PRECISION)
+    tl.store(
+        best + (head * G + g)[None, :] * max_sentences + i[:, None],
+        to_ordered(scale * dots),
+        mask=touches[:, None] & (g < G)[None, :],
+    )
+
+
+def score_centroids(
+    geometry: Geometry, pools: LayerPools, batch: SparseBatch, query: Tensor, work: Workspace
+) -> None:
+    """Write the logits of CENTROID requests to `work.best`.
+
+    Args:
+        query: [S, H * G, D] contiguous, any float dtype.
+    """
+    requests, max_sentences = batch.sentence_ends.shape
+    heads, group = geometry.num_kv_heads, geometry.group_size
+    _score_centroids[(triton.cdiv(max_sentences, TILE), requests, heads)](
+        pools.centroids,
+        query,
+        batch.row_pages,
+        batch.sentence_ends,
+        batch.num_sentences,
+        batch.history_lo,
+        batch.history_hi,
+        batch.index_kind,
+        work.best,
+        geometry.scale,
+        batch.row_pages.stride(0),
+        batch.sentence_ends.stride(0),
+        work.best.shape[3],
+        H=heads,
+        G=group,
+        G_PAD=max(8, triton.next_power_of_2(group)),
+        D=geometry.head_dim,
+        K_STEP=16,
+        N=geometry.block_size,
+        M=geometry.rows_per_page,
+        TILE=TILE,
+        # Products of 16-bit floats are exact in tf32.
+        PRECISION="tf32" if query.element_size() == 2 else "tf32x3",
+    )
