@@ -100,8 +100,8 @@ inline void scan_stripes(const PageLayout& layout, const uint8_t* const* stripes
       for (int p = 0; p < Stripes; ++p) {
         const Bytes pair = Simd::add_bytes(Simd::lookup(low_table, low[p]),
                                            Simd::lookup(high_table, high[p]));
-        // As 16-bit words: the low bytes pollute nothing but the words' high bytes, which the
-        // sums of the odd bytes tell apart in the end.
+        // Whole words are added, odd bytes and all: 256 times the sum of the odd bytes is
+        // subtracted in the end (even_sums), which saves a mask here.
         sums[g][p] = Simd::add_words(sums[g][p], pair);
         odd[g][p] = Simd::add_words(odd[g][p], Simd::odd_bytes(pair));
       }

@@ -68,8 +68,8 @@ void estimate_tokens(const Pools& pools, const Request& request, int64_t head, i
       const int64_t page = head_page(block + b);
       for (int64_t s = 0; s < stripes_per_block; ++s)
         stripes[b * stripes_per_block + s] = pools.bits + page * rows * n + s * layout.stripe_tokens;
-      const auto* scale = reinterpret_cast<const Bfloat16*>(pools.scales) + page * n;
-      for (int64_t t = 0; t < n; ++t) scales[b * n + t] = scale[t];
+      for (int64_t t = 0; t < n; t += kLanes)
+        store_floats(scales + b * n + t, load_bfloat16s(pools.scales + page * n + t));
       if (block + b + chunk_blocks < end) {
         const int64_t next = head_page(block + b + chunk_blocks);
         for (int64_t byte = 0; byte < rows * n; byte += 64)

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sparse decode step costs a fraction of vLLM's dense one, everything counted."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sentencekv_vllm.types import IndexKind
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "decode_attention.py"
+FLOORS = {IndexKind.TOKEN_BITS: 8.0, IndexKind.CENTROID: 20.0}
+
+
+@pytest.fixture
+def benchmark():
+    pytest.importorskip("vllm", reason="the other side is vLLM's attention")
+    spec = importlib.util.spec_from_file_location("decode_attention", BENCHMARK)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    threads = torch.get_num_threads()
+    spec.loader.exec_module(module)
+    yield module
+    torch.set_num_threads(threads)
+    del sys.modules[spec.name]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's CPU attention is not in this build")
+def test_faster_than_dense_attention_at_32k(benchmark) -> None:
+    results = benchmark.measure(
+        context=32768, block_size=32, num_layers=1, drifts=(0.02,), steps=40
+    )
+    for result in results:
+        floor = FLOORS[result.setting.kind]
+        assert result.ratio_of_minima >= floor, result
