@@ -12,8 +12,8 @@ import torch
 from sentencekv_vllm.ops.pack_keys import pack_keys
 from sentencekv_vllm.types import LayerPools
 
-HEADS, N, D, M = 2, 16, 64, 40
-FAR = 2**31 // (HEADS * N * 2 * D) + 7  # a page or block past 2^31 elements
+HEADS, N, D, M = 2, 16, 64, 20
+FAR = 2**32 // (HEADS * N * 2 * D) + 7  # past 2^31 elements, also of 32-bit words
 
 
 def reserve(*shape, dtype=torch.bfloat16):
