@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is not supported is refused at start-up, by name and with a way out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from engine import MODEL  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+
+from sentencekv_vllm.plugin import register  # noqa: E402
+from sentencekv_vllm.vllm_glue import setup  # noqa: E402
+
+
+def configuration(model=(), parallel=(), cache=(), transfer=None, speculative=None, settings=()):
+    """A vLLM configuration that is supported, but for the changes."""
+
+    def namespace(changes, **defaults):
+        return SimpleNamespace(**(defaults | dict(changes)))
+
+    model = dict(model)
+    window = model.pop("sliding_window", None)
+    return SimpleNamespace(
+        additional_config={"sentencekv": dict(settings)},
+        model_config=namespace(
+            model,
+            runner_type="generate",
+            is_encoder_decoder=False,
+            use_mla=False,
+            is_hybrid=False,
+            is_attention_free=False,
+            enable_sleep_mode=False,
+            get_sliding_window=lambda: window,
+        ),
+        parallel_config=namespace(
+            parallel,
+            pipeline_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+        ),
+        cache_config=namespace(cache, cache_dtype="auto", kv_offloading_size=None),
+        kv_transfer_config=transfer,
+        speculative_config=speculative,
+    )
+
+
+REFUSED = {
+    "MLA": ({"model": {"use_mla": True}}, "multi-head latent", "another attention backend"),
+    "sliding window": (
+        {"model": {"sliding_window": 4096}},
+        "sliding-window attention .here 4096 tokens",
+        "another attention backend",
+    ),
+    "hybrid": ({"model": {"is_hybrid": True}}, "hybrid, Mamba", "another attention backend"),
+    "Mamba": (
+        {"model": {"is_attention_free": True}},
+        "attention-free",
+        "another attention backend",
+    ),
+    "encoder-decoder": (
+        {"model": {"is_encoder_decoder": True}},
+        "encoder-decoder",
+        "another attention backend",
+    ),
+    "embedding model": (
+        {"model": {"runner_type": "pooling"}},
+        "runner 'pooling'",
+        "another attention backend",
+    ),
+    "sleep mode": (
+        {"model": {"enable_sleep_mode": True}},
+        "sleep mode",
+        "remove --enable-sleep-mode",
+    ),
+    "speculative": ({"speculative": object()}, "speculative", "remove --speculative-config"),
+    "pipeline": (
+        {"parallel": {"pipeline_parallel_size": 2}},
+        "pipeline parallelism .here 2",
+        "--pipeline-parallel-size 1",
+    ),
+    "DCP": (
+        {"parallel": {"decode_context_parallel_size": 2}},
+        "decode context parallelism",
+        "--decode-context-parallel-size 1",
+    ),
+    "PCP": (
+        {"parallel": {"prefill_context_parallel_size": 4}},
+        "prefill context parallelism .here 4",
+        "--prefill-context-parallel-size 1",
+    ),
+    "fp8 KV": ({"cache": {"cache_dtype": "fp8"}}, "quantised KV cache .here fp8", "auto"),
+    "KV offloading": (
+        {"cache": {"kv_offloading_size": 4.0}},
+        "kv-offloading-size",
+        "host_pool_gib",
+    ),
+    "a connector": (
+        {"transfer": SimpleNamespace(kv_connector="NixlConnector")},
+        "KV connector of your own .NixlConnector",
+        "remove --kv-transfer-config",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_each_refusal_names_what_and_the_way_out(case):
+    changes, what, fix = REFUSED[case]
+    with pytest.raises(ValueError) as refusal:
+        setup.refuse(configuration(**changes))
+    assert re.search(what, str(refusal.value)), str(refusal.value)
+    assert re.search(fix, str(refusal.value)), str(refusal.value)
+
+
+def test_what_is_supported_is_not_refused():
+    setup.refuse(configuration())
+    setup.refuse(configuration(cache={"cache_dtype": "bfloat16"}))
+    setup.refuse(configuration(transfer=SimpleNamespace(kv_connector="SentenceKVConnector")))
+
+
+@pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "1.0.0rc1", "0.33.0.dev5+g1234567"])
+def test_other_versions_of_vllm_need_the_users_word(version, monkeypatch):
+    monkeypatch.setattr(setup.vllm, "__version__", version)
+    with pytest.raises(ValueError, match="tested with vLLM 0.32") as refusal:
+        setup.refuse(configuration())
+    assert version in str(refusal.value) and "allow_untested_vllm" in str(refusal.value)
+    setup.refuse(configuration(settings={"allow_untested_vllm": True}))
+
+
+def test_every_0_32_is_accepted(monkeypatch):
+    for version in ("0.32.0", "0.32.5", "0.32.1+cpu"):
+        monkeypatch.setattr(setup.vllm, "__version__", version)
+        setup.refuse(configuration())
+
+
+SELECTION = {
+    "head size": ({"head_size": 40}, "head_size"),
+    "a head size that the stock op takes": ({"head_size": 512}, "head_size"),
+    "MLA": ({"use_mla": True}, "MLA"),
+    "learned sinks": ({"has_sink": True}, "attention sinks"),
+    "a trained indexer": ({"use_sparse": True}, "sparse"),
+    "encoder-only": ({"attn_type": "encoder_only"}, "attention type encoder_only"),
+    "cross attention": ({"attn_type": "encoder_decoder"}, "attention type encoder_decoder"),
+    "sliding window": ({"has_sliding_window": True}, "sliding window"),
+    "multimodal prefix": ({"use_mm_prefix": True}, "multimodal"),
+    "non-causal": ({"use_non_causal": True}, "non-causal"),
+    "fp8 KV": ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
+    "DCP": ({"use_dcp": True}, "DCP"),
+    "PCP": ({"use_pcp": True}, "PCP"),
+    "block size": ({"block_size": 16}, "block_size"),
+}
+
+
+def choose(**changes):
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    register()
+    values = {
+        "head_size": 64,
+        "dtype": torch.bfloat16,
+        "kv_cache_dtype": "auto",
+        "block_size": 32,
+        "use_kv_connector": True,
+    }
+    wanted = AttentionSelectorConfig(**(values | changes))
+    return current_platform.get_attn_backend_cls(AttentionBackendEnum.SENTENCEKV, wanted, 4)
+
+
+@pytest.mark.parametrize("case", SELECTION)
+def test_layers_that_the_backend_cannot_serve_are_refused_not_replaced(case):
+    changes, reason = SELECTION[case]
+    with pytest.raises(ValueError, match=f"{reason}.*Use another attention backend"):
+        choose(**changes)
+
+
+def test_layers_that_it_can_serve_are_its_own():
+    assert choose().endswith("SentenceKVBackend")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"alibi_slopes": [0.5]}, "ALiBi"),
+        ({"kv_sharing_target_layer_name": "layers.3"}, "layers.3"),
+    ],
+)
+def test_a_layer_with_alibi_or_a_shared_cache_is_refused(arguments, reason):
+    from sentencekv_vllm.vllm_glue.impl import SentenceKVImpl
+
+    values = {
+        "num_heads": 4,
+        "head_size": 64,
+        "scale": 0.125,
+        "num_kv_heads": 2,
+        "alibi_slopes": None,
+        "sliding_window": None,
+        "kv_cache_dtype": "auto",
+    }
+    with pytest.raises(ValueError, match=f"{reason}.*another attention backend"):
+        SentenceKVImpl(**(values | arguments))
+
+
+def test_two_kinds_of_layers_are_refused_when_the_caches_are_bound():
+    from sentencekv_vllm.vllm_glue.scheduler_side import SchedulerSide
+
+    two = SimpleNamespace(coordinator=SimpleNamespace(single_type_managers=[object(), object()]))
+    with pytest.raises(ValueError, match="one KV cache group.*another attention backend"):
+        SchedulerSide.bind(SimpleNamespace(), two)
+
+
+def real(tmp_path=None, changes=None, **options):
+    """vLLM's own configuration, of the embedded model or one like it."""
+    model = MODEL
+    if changes is not None:
+        config = json.loads(Path(MODEL, "config.json").read_text()) | changes
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        model = str(tmp_path)
+        options["skip_tokenizer_init"] = True
+    options = {"attention_backend": "sentencekv", "max_model_len": 4096} | options
+    return EngineArgs(model=model, **options).create_engine_config()
+
+
+REAL = {
+    "a connector": (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        "KV connector of your own",
+    ),
+    "pipeline": ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+    "speculative": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        "speculative decoding",
+    ),
+    "fp8 KV": ({"kv_cache_dtype": "fp8"}, "quantised KV cache"),
+    "KV offloading": ({"kv_offloading_size": 1.0}, "kv-offloading-size"),
+    "some layers only": (
+        {
+            "attention_backend": None,
+            "attention_config": {"backend_per_kind": {"full_attention": "sentencekv"}},
+        },
+        "all layers of a model or none",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REAL)
+def test_vllms_own_options_are_refused(case):
+    options, reason = REAL[case]
+    with pytest.raises(ValueError, match=reason):
+        real(**options)
+
+
+def test_a_sliding_window_model_is_refused(tmp_path):
+    mistral = {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": 1024,
+    }
+    with pytest.raises(ValueError, match="sliding-window attention"):
+        real(tmp_path, mistral)
+
+
+def test_prompts_that_never_fit_are_refused_with_the_numbers():
+    from vllm.exceptions import VLLMValidationError
+
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(num_gpu_blocks=11, block_size=32),
+        parallel_config=SimpleNamespace(data_parallel_size=1),
+    )
+    setup.check_prompt_fits(config, 320)
+    with pytest.raises(VLLMValidationError, match="needs 11 KV blocks of 32, the pool has 10"):
+        setup.check_prompt_fits(config, 321)
