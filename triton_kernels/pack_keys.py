@@ -43,7 +43,7 @@ def pack_keys(
 
 
 @triton.jit
-def _byte(word, i: tl.constexpr):
+def byte_of(word, i: tl.constexpr):
     return (word >> (8 * i)).to(tl.int8)
 
 
@@ -59,6 +59,10 @@ def unpack_bits(packed, TILE: tl.constexpr, D_PAD: tl.constexpr):
     low = ((word & 15) * 0x00204081) & 0x01010101
     high = ((word >> 4) * 0x00204081) & 0x01010101
     # join() makes the last dimension: bit 4p + 2q + r lies at [..., p, q, r].
-    even = tl.join(tl.join(_byte(low, 0), _byte(high, 0)), tl.join(_byte(low, 2), _byte(high, 2)))
-    odd = tl.join(tl.join(_byte(low, 1), _byte(high, 1)), tl.join(_byte(low, 3), _byte(high, 3)))
+    even = tl.join(
+        tl.join(byte_of(low, 0), byte_of(high, 0)), tl.join(byte_of(low, 2), byte_of(high, 2))
+    )
+    odd = tl.join(
+        tl.join(byte_of(low, 1), byte_of(high, 1)), tl.join(byte_of(low, 3), byte_of(high, 3))
+    )
     return tl.reshape(tl.join(even, odd), (TILE, D_PAD))
