@@ -6,7 +6,8 @@
 
 #include "args.hpp"
 #include "element.hpp"
-#include "token_bits.hpp"
+#include "simd.hpp"
+#include "touched.hpp"
 
 namespace sentencekv::cpu {
 

@@ -34,7 +34,8 @@ inline Status resolve(const Pools& pools, const Request& request, int64_t head, 
   uint64_t* victims = scratch.victims.reserve(request.working_set);
   int64_t available = 0;
   for (int64_t i = 0; i < request.working_set; ++i) {
-    const int32_t stamp = pools.slot_stamp[static_cast<int64_t>(request.private_blocks[i]) * heads + head];
+    const int64_t block = request.private_blocks[i];
+    const int32_t stamp = pools.slot_stamp[block * heads + head];
     const uint64_t age = static_cast<uint32_t>(stamp) ^ 0x80000000u;  // -1 comes first
     if (stamp != request.step) victims[available++] = age << 32 | static_cast<uint64_t>(i);
   }
@@ -43,7 +44,8 @@ inline Status resolve(const Pools& pools, const Request& request, int64_t head, 
   for (int64_t m = 0; m < misses; ++m) {
     const int64_t block = request.private_blocks[static_cast<uint32_t>(victims[m])];
     const int64_t page = request.pages[blocks[missing[m]]], slot = block * heads + head;
-    if (pools.slot_page[slot] >= 0) pools.page_slot[static_cast<int64_t>(pools.slot_page[slot]) * heads + head] = -1;
+    const int64_t former = pools.slot_page[slot];
+    if (former >= 0) pools.page_slot[former * heads + head] = -1;
     pools.slot_page[slot] = static_cast<int32_t>(page);
     pools.page_slot[page * heads + head] = static_cast<int32_t>(block);
     pools.slot_stamp[slot] = request.step;

@@ -74,7 +74,7 @@ struct ScanTables {
         uint8_t* lanes = table + ((vector * heads + g) * 2 + group % 2) * Simd::kBytes +
                          row % layout.rows_per_vector * layout.stripe_tokens;
         const int64_t lane_bytes = std::min(layout.stripe_tokens, Simd::kBytes);
-        for (int64_t lane = 0; lane < lane_bytes; lane += 16) std::memcpy(lanes + lane, entries, 16);
+        for (int64_t b = 0; b < lane_bytes; b += 16) std::memcpy(lanes + b, entries, 16);
       }
     }
     return table;

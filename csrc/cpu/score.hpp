@@ -10,7 +10,10 @@
 #include "args.hpp"
 #include "centroids.hpp"
 #include "maths.hpp"
+#include "scratch.hpp"
+#include "simd.hpp"
 #include "token_bits.hpp"
+#include "touched.hpp"
 
 namespace sentencekv::cpu {
 

@@ -7,32 +7,16 @@
 #include <limits>
 
 #include "args.hpp"
-#include "element.hpp"
 #include "scratch.hpp"
+#include "simd.hpp"
+#include "touched.hpp"
 
 namespace sentencekv::cpu {
 
 constexpr int64_t kChunkTokens = 1024;  // estimates of a chunk stay in the first-level cache
 
-// Sentences [first, last) touch the history.
-struct Touched {
-  int64_t first, last;
-
-  explicit Touched(const Request& request, int64_t block_size) {
-    const int32_t* ends = request.sentence_ends;
-    const int32_t* stop = ends + request.num_sentences;
-    first = std::upper_bound(ends, stop, request.history_lo * block_size) - ends;
-    // The last one is the first that ends at or beyond the history's end.
-    const int64_t end =
-        std::lower_bound(ends + first, stop, request.history_hi * block_size) - ends;
-    last = std::min(end + 1, request.num_sentences);
-    if (request.history_hi <= request.history_lo ||
-        request.sentence_start(first) >= request.history_hi * block_size)
-      last = first;
-  }
-  int64_t count() const { return last - first; }
-};
-
+// scratch.best[g, sentence] and, if asked for, scratch.resident[g, token]: the estimates that a
+// query head's `scale * step` turns into logits.
 template <class Simd>
 void estimate_tokens(const Pools& pools, const Request& request, int64_t head, int64_t group,
                      const Touched& touched, bool with_resident, Scratch& scratch) {
@@ -67,7 +51,8 @@ void estimate_tokens(const Pools& pools, const Request& request, int64_t head, i
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t page = head_page(block + b);
       for (int64_t s = 0; s < stripes_per_block; ++s)
-        stripes[b * stripes_per_block + s] = pools.bits + page * rows * n + s * layout.stripe_tokens;
+        stripes[b * stripes_per_block + s] =
+            pools.bits + page * rows * n + s * layout.stripe_tokens;
       for (int64_t t = 0; t < n; t += kLanes)
         store_floats(scales + b * n + t, load_bfloat16s(pools.scales + page * n + t));
       if (block + b + chunk_blocks < end) {
