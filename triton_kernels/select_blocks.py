@@ -17,8 +17,7 @@ from .locate_sentences import GRANULE, sentence_row
 from .ordered import LOWEST, to_ordered
 from .workspace import Workspace
 
-MAX_BLOCKS = 8192  # history blocks whose keys one program holds in registers
-TILE = 512  # sentences at once
+TILE = 512  # sentences at once; no fewer than the tokens of a block
 
 EMPTY = tl.constexpr(LOWEST)
 
@@ -131,10 +130,7 @@ def select_blocks(
         blocks [>= S, H, K] int32 and coverage [>= S, H] of `work`; K is that of the
         workspace, not the largest budget of the batch, so that shapes are fixed.
     """
-    max_blocks = batch.pages.shape[1]
-    assert max_blocks <= MAX_BLOCKS, f"{max_blocks} blocks, at most {MAX_BLOCKS}: larger blocks"
-    assert geometry.block_size <= TILE, f"blocks of at most {TILE} tokens"
-    padded = triton.next_power_of_2(max(max_blocks, work.blocks.shape[2]))
+    padded = triton.next_power_of_2(max(batch.pages.shape[1], work.blocks.shape[2]))
     _select_blocks[(len(batch.budget_blocks), geometry.num_kv_heads)](
         work.scores,
         work.mass,

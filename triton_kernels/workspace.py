@@ -13,6 +13,7 @@ from .locate_sentences import GRANULE
 from .ordered import LOWEST
 
 CHUNK_TOKENS = 1024  # tokens that one program scores
+MAX_BLOCKS = 8192  # of a request: the selection holds a key for each in registers
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,24 @@ class Workspace:
         Args:
             max_pages: blocks of the longest request.
             max_selected: blocks that one KV head can select, the R of `private_blocks`.
+
+        Raises:
+            ValueError: shapes that the kernels do not cover.
         """
+        n = geometry.block_size
+        if n % GRANULE or n > 512 or geometry.head_dim % 16 or geometry.head_dim > 256:
+            raise ValueError(
+                "the Triton kernels take block sizes that are multiples of 16 up to 512 and head "
+                f"dims that are multiples of 16 up to 256, not {n} and {geometry.head_dim}"
+            )
+        if max(max_pages, max_selected) > MAX_BLOCKS:
+            tokens = max(max_pages, max_selected) * n
+            raise ValueError(
+                f"a request has at most {MAX_BLOCKS} blocks: {tokens} tokens in blocks of {n} are "
+                f"{tokens // n}; set the block size to {-(-tokens // MAX_BLOCKS // 16) * 16}"
+            )
         s, h, g = max_requests, geometry.num_kv_heads, geometry.group_size
-        tokens = max_pages * geometry.block_size
+        tokens = max_pages * n
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)

@@ -132,3 +132,20 @@ def test_a_captured_graph_replays_new_steps(build, kernels, workspace):
         )
         assert torch.equal(actual_out.head_tables.cpu(), expected_out.head_tables)
         assert torch.equal(actual_out.misses.cpu(), expected_out.misses)
+
+
+@pytest.mark.parametrize(
+    ("changes", "max_pages", "message"),
+    [
+        ({}, 65536, "set the block size to 128"),
+        ({"block_size": 24}, 10, "not 24 and 64"),
+        ({"head_dim": 72}, 10, "not 16 and 72"),
+        ({"head_dim": 512}, 10, "not 16 and 512"),
+    ],
+)
+def test_shapes_beyond_the_kernels_are_refused(build, changes, max_pages, message):
+    from sentencekv_vllm.triton_kernels.workspace import Workspace
+
+    geometry = replace(build(build.row(tokens=64)).geometry, **changes)
+    with pytest.raises(ValueError, match=message):
+        Workspace.allocate(geometry, 1, max_pages, 10, 16, torch.device("cpu"))
