@@ -27,6 +27,7 @@ SETTINGS = {  # small enough that prompts of a thousand tokens are sparse
     "token_budget": 256,
     "num_sink_tokens": 32,
     "recent_window": 64,
+    "working_set_tokens": 320,
     "min_context_tokens": 256,
     "host_pool_gib": 0.1,
     "segmenter": "punctuation",
