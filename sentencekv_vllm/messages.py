@@ -49,6 +49,7 @@ class SparseRows:
     tail_blocks: Int32s  # [S] block that the row's token is written to: its only owner
     history_lo: Int32s  # [S]
     history_hi: Int32s  # [S]
+    seq_lens: Int32s  # [S] tokens of the request, this step's included
     starts_sentence: npt.NDArray[np.bool_]  # [S] the token opens a sentence
     request_ids: list[str] = field(default_factory=list)
 
@@ -61,6 +62,7 @@ class StepMessage:
     dropped: list[int] = field(default_factory=list)  # slots
     updates: list[RequestUpdate] = field(default_factory=list)
     sparse: SparseRows | None = None
+    frees: bool = False  # blocks that were copied out now or earlier may be written from now on
 
 
 @dataclass(frozen=True)

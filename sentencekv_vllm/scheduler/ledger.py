@@ -70,6 +70,7 @@ class Ledger:
         self._slots = PagePool(limits.num_slots)
         self._slot_owner: dict[int, RequestState] = {}
         self._dropped: list[int] = []
+        self._frees = False
         self._copy_quota = limits.copy_blocks_per_step
         self._step = 0
 
@@ -131,8 +132,11 @@ class Ledger:
             state.reason = Reason.COPYING
         self._copy_out(state, processed, blocks)
         if state.memory.sparse:
-            return self._extend(state, processed)
-        return self._turn_sparse(state, processed, blocks, num_free_blocks)
+            freed = self._extend(state, processed)
+        else:
+            freed = self._turn_sparse(state, processed, blocks, num_free_blocks)
+        self._frees |= freed is not None
+        return freed
 
     def missing_private_blocks(self, request_id: str) -> int:
         """Blocks to draw for the working set of a request that has just turned sparse."""
@@ -179,6 +183,7 @@ class Ledger:
         """
         self._step += 1
         dropped, self._dropped = self._dropped, []
+        frees, self._frees = self._frees, False
         updates = [self._update(s) for s in self._slot_owner.values() if self._has_news(s)]
         rows = [
             (state, computed)
@@ -186,7 +191,7 @@ class Ledger:
             if (state := self.states.get(request_id)) is not None and state.memory.sparse
         ]
         sparse = self._sparse_rows(rows, block_id) if rows else None
-        return StepMessage(self._step, dropped, updates, sparse)
+        return StepMessage(self._step, dropped, updates, sparse, frees)
 
     def report(self, report: StepReport) -> None:
         """Book what the workers found in a step."""
@@ -373,6 +378,7 @@ class Ledger:
             tail_blocks=column(block_id(s.request_id, c // n) for s, c in rows),
             history_lo=column(s.memory.history_lo for s, _ in rows),
             history_hi=column(s.memory.history_hi for s, _ in rows),
+            seq_lens=column(c + 1 for _, c in rows),
             starts_sentence=starts,
             request_ids=[s.request_id for s, _ in rows],
         )

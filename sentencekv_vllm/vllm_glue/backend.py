@@ -3,19 +3,32 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+import torch
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from .impl import SentenceKVImpl
-from .metadata import SentenceKVMetadataBuilder
 from .spec import SentenceKVSpec
 
+if current_platform.is_cpu():
+    from . import cpu as platform
+else:
+    from . import cuda as platform  # type: ignore[no-redef]
 
-class SentenceKVBackend(CPUAttentionBackend):
+
+__all__ = ["SentenceKVBackend", "platform"]
+
+
+class SentenceKVBackend(platform.BASE):
     """Registered as SENTENCEKV; everything it does not support is refused with a reason."""
 
+    supported_dtypes: ClassVar[list[torch.dtype]] = [
+        dtype
+        for dtype in platform.BASE.supported_dtypes
+        if current_platform.is_cpu() or dtype != torch.float32
+    ]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
 
     @staticmethod
@@ -27,6 +40,18 @@ class SentenceKVBackend(CPUAttentionBackend):
         return [64, 80, 96, 112, 128, 160, 192, 224, 256]
 
     @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_size in cls.get_supported_head_sizes() and super().supports_head_size(head_size)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)  # head-major: a head-block is contiguous
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        return capability is None or capability.major >= 8  # bf16, and what the kernels assume
+
+    @classmethod
     def supports_non_causal(cls) -> bool:
         return False
 
@@ -35,16 +60,40 @@ class SentenceKVBackend(CPUAttentionBackend):
         return False
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_alibi_sqrt(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_dcp(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return False
+
+    @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type == "decoder"
 
     @staticmethod
-    def get_impl_cls() -> type[SentenceKVImpl]:
-        return SentenceKVImpl
+    def get_impl_cls() -> type[Any]:
+        return platform.Impl
 
     @staticmethod
-    def get_builder_cls() -> type[SentenceKVMetadataBuilder]:
-        return SentenceKVMetadataBuilder
+    def get_builder_cls() -> type[Any]:
+        return platform.MetadataBuilder
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

@@ -90,7 +90,11 @@ class SentenceKVConnector(KVConnectorBase_V1, SupportsHMA):
         return None
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
-        return SentenceKVConnectorMetadata(self.scheduler.message(scheduler_output))
+        message = self.scheduler.message(scheduler_output)
+        if message.sparse is not None:
+            # The V2 runner then calls `start_load_kv` before the forward and names the rows.
+            scheduler_output.has_sync_kv_loads = True
+        return SentenceKVConnectorMetadata(message)
 
     def update_connector_output(self, connector_output: Any) -> None:
         metadata = connector_output.kv_connector_worker_meta
@@ -114,7 +118,9 @@ class SentenceKVConnector(KVConnectorBase_V1, SupportsHMA):
         self.runtime.apply(kv_connector_metadata.message)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        return None
+        request_ids = kwargs.get("request_ids")  # in batch order; the V1 runner tells nothing
+        if self.runtime is not None and request_ids is not None:
+            self.runtime.set_batch_order(request_ids)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return None
@@ -132,7 +138,9 @@ class SentenceKVConnector(KVConnectorBase_V1, SupportsHMA):
         return SentenceKVWorkerMetadata(report) if report is not None else None
 
     def shutdown(self) -> None:
-        self.runtime = None  # the swap pool goes with it
+        if self.runtime is not None:
+            self.runtime.close()
+            self.runtime = None  # the swap pool goes with it
         if self._scheduler is not None:
             self._scheduler.close()
 

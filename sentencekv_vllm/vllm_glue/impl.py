@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import time
+from abc import abstractmethod
 from typing import Any
 
 from torch import Tensor
-from vllm import _custom_ops as ops
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from .metadata import SentenceKVMetadata, SparseCall
 
 
-class SentenceKVImpl(CPUAttentionBackendImpl):
-    """The stock implementation, which writes the KV cache and serves dense rows."""
+class SplitImpl:
+    """Put before a stock implementation, which writes the KV cache and serves dense rows."""
 
     def __init__(
         self,
@@ -40,7 +38,7 @@ class SentenceKVImpl(CPUAttentionBackendImpl):
                 "sentencekv does not support layers that share another layer's KV cache "
                 f"(here: {kv_sharing_target_layer_name}). Use another attention backend."
             )
-        super().__init__(
+        super().__init__(  # type: ignore[call-arg]  # the stock implementation's
             num_heads,
             head_size,
             scale,
@@ -54,6 +52,9 @@ class SentenceKVImpl(CPUAttentionBackendImpl):
             **extra,
         )
 
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        return False  # the sparse rows are written unquantised
+
     def forward(
         self,
         layer: Any,
@@ -66,11 +67,12 @@ class SentenceKVImpl(CPUAttentionBackendImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
+        tensors = (query, key, value, kv_cache)
         if attn_metadata is None:  # profiling run
-            return output
+            return super().forward(layer, *tensors, None, output)  # type: ignore[misc]
         split = attn_metadata.split
         if split.dense is not None:
-            super().forward(layer, query, key, value, kv_cache, split.dense, output)
+            super().forward(layer, *tensors, split.dense, output)  # type: ignore[misc]
         if split.sparse is not None:
             self._sparse_rows(layer.layer_name, query, kv_cache, split.sparse, output)
         return output
@@ -79,29 +81,19 @@ class SentenceKVImpl(CPUAttentionBackendImpl):
         self, layer_name: str, query: Tensor, kv_cache: Tensor, call: SparseCall, output: Tensor
     ) -> None:
         runtime, plan, geometry = call.runtime, call.plan, call.runtime.geometry
-        query = query[plan.tokens]
+        rows = (-1, geometry.num_query_heads, geometry.head_dim)
+        query = query.view(rows).index_select(0, plan.tokens)
         tables = runtime.rank(plan, runtime.layer_index[layer_name], query)
-        started = time.perf_counter_ns()
-        rows, heads, width = tables.shape
-        # Each head-block becomes a block of its own: a table per KV head for the stock op.
-        head_blocks = kv_cache.view(-1, 1, 2 * geometry.block_size, geometry.head_dim)
-        key_cache, value_cache = head_blocks.chunk(2, dim=2)
-        per_head = (rows * heads, geometry.group_size, geometry.head_dim)
-        ops.cpu_attention_with_kv_cache(
-            query=query.view(per_head),
-            key_cache=key_cache,
-            value_cache=value_cache,
-            output=call.output.view(per_head),
-            query_start_loc=call.query_start_loc,
-            seq_lens=call.seq_lens,
-            scale=self.scale,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=tables.view(rows * heads, width),
-            softcap=self.logits_soft_cap,
-            scheduler_metadata=call.scheduler_metadata,
-            s_aux=None,
-        )
-        output.view(-1, geometry.num_query_heads, geometry.head_dim)[plan.tokens] = call.output
-        runtime.counters["attend_ns"] += time.perf_counter_ns() - started
+        self.attend(query, kv_cache, tables, call)
+        output.view(rows).index_copy_(0, plan.tokens, call.output)
+
+    @abstractmethod
+    def attend(self, query: Tensor, kv_cache: Tensor, tables: Tensor, call: Any) -> None:
+        """Attention of the sparse rows into `call.output`.
+
+        Args:
+            query: [S, Hq, D] contiguous.
+            kv_cache: [B, H, N, 2D] of the layer.
+            tables: [S, H, W] int32 of head-block ids `b * H + h`.
+            call: what the platform's builder prepared.
+        """

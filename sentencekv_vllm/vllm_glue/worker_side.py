@@ -10,10 +10,12 @@ import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 
-from ..ops.load import load_layer_ops
+from ..config import ConfigError
+from ..ops.load import Sizes, make_layer_ops
+from ..resolved import ResolvedConfig, blocks
 from ..types import Geometry
 from ..worker.runtime import Runtime
-from .key_layout import cpu_key_offset
+from .backend import platform
 from .resolve import resolve_for_engine
 
 logger = logging.getLogger(__name__)
@@ -22,34 +24,46 @@ logger = logging.getLogger(__name__)
 def build_runtime(
     vllm_config: VllmConfig, kv_cache_config: Any, kv_caches: dict[str, torch.Tensor]
 ) -> Runtime:
-    """Allocate the swap pool and the index, and log their sizes."""
+    """Allocate the swap pool and the index, and log their sizes.
+
+    Raises:
+        ConfigError: they do not fit into the memory that is left.
+        ValueError: vLLM's KV cache is not one that we can serve.
+    """
     resolved = resolve_for_engine(vllm_config, kv_cache_config)
+    _refuse_cache(kv_cache_config)
     names = kv_cache_config.kv_cache_groups[0].layer_names
     caches = [kv_caches[name] for name in names]
     for name, cache in zip(names, caches, strict=True):
         assert cache.is_contiguous(), f"{name}: the cache must be head-major (LBHNC)"
-    layers = get_layers_from_vllm_config(vllm_config, Attention, names)
-    impl = layers[names[0]].impl
+    layer = get_layers_from_vllm_config(vllm_config, Attention, names)[names[0]]
     _, heads, block_size, content = caches[0].shape
     geometry = Geometry(
         num_layers=len(names),
         num_kv_heads=heads,
-        group_size=impl.num_heads // heads,
+        group_size=layer.impl.num_heads // heads,
         head_dim=content // 2,
         block_size=block_size,
         rows_per_page=resolved.rows_per_page,
-        scale=impl.scale,
+        scale=layer.impl.scale,
     )
-    runtime = Runtime(
-        geometry,
-        caches,
-        cpu_key_offset(block_size, content // 2, caches[0].dtype, layers[names[0]].isa),
-        num_pages=resolved.num_pages,
-        num_slots=vllm_config.scheduler_config.max_num_seqs,
-        working_set_blocks=resolved.working_set_blocks,
-        ops=load_layer_ops(caches[0].device.type),
-        layer_names=names,
-    )
+    try:
+        runtime = Runtime(
+            geometry,
+            caches,
+            platform.key_offset(caches[0], layer),
+            num_pages=resolved.num_pages,
+            num_slots=vllm_config.scheduler_config.max_num_seqs,
+            working_set_blocks=resolved.working_set_blocks,
+            ops=make_layer_ops(_sizes(vllm_config, resolved, geometry, caches[0].device)),
+            layer_names=names,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the index ({resolved.index_bytes / 2**30:.2f} GiB) and the buffers of the decode "
+            "kernels do not fit beside vLLM's KV cache: lower --gpu-memory-utilization, which "
+            "leaves them room, or host_pool_gib"
+        ) from error
     logger.info(
         "SentenceKV: %d host pages of %d tokens (%.2f GiB swap pool), %.1f MiB index, ops: %s",
         resolved.num_pages,
@@ -59,3 +73,32 @@ def build_runtime(
         runtime.ops.name,
     )
     return runtime
+
+
+def _refuse_cache(kv_cache_config: Any) -> None:
+    if kv_cache_config.needs_kv_cache_zeroing:
+        raise ValueError(
+            "sentencekv does not support models whose KV blocks vLLM zeroes before use (mixed "
+            "cache precisions, Mamba): a freed block would be zeroed before it is copied out. "
+            "Use another attention backend for this model."
+        )
+
+
+def _sizes(
+    vllm_config: VllmConfig, resolved: ResolvedConfig, geometry: Geometry, device: torch.device
+) -> Sizes:
+    """Bounds of a batch: by the configuration, and by what the swap pool can hold."""
+    config, pages = resolved.config, resolved.num_pages
+    n = geometry.block_size
+    longest = min(blocks(vllm_config.model_config.max_model_len, n), pages)
+    shortest = max(1, blocks(config.min_context_tokens, n) - resolved.recent_blocks - 1)
+    return Sizes(
+        geometry=geometry,
+        device=device,
+        max_requests=max(1, min(vllm_config.scheduler_config.max_num_seqs, pages // shortest)),
+        max_pages=max(1, longest),
+        max_sentences=max(
+            1, min(longest * n // config.min_sentence_tokens, pages * geometry.rows_per_page)
+        ),
+        max_selected=max(1, resolved.working_set_blocks),
+    )

@@ -8,36 +8,53 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..messages import Int32s, SparseRows
 from ..ops.layer_ops import DecodeOutputs
 from ..types import SparseBatch
+from .transfer import Tallies
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Rows, tables and buffers of the step's sparse requests."""
+    """Rows, tables and buffers of the step's sparse requests, on the device."""
 
+    step: int
     batch: SparseBatch
-    rows: Tensor  # [S] int64: the requests' rows, which are also their query tokens' rows
+    rows: Tensor  # [S] int64: the requests' rows in the batch
     tokens: Tensor  # [S] int64: positions of their query tokens in the batch
     slots: Tensor  # [S] int64
+    host_slots: Int32s  # [S], -1 once the request has ended
     seq_lens: Tensor  # [S] int32: tokens attended to
     out: DecodeOutputs
+    tallies: Tallies  # what `out` adds up
     running: Tensor | None  # [S] bool: ranks by the running mean query; None: nobody does
     starts: Tensor  # [S] bool: the token opens a sentence
 
 
+def table_width(rows: SparseRows, budget: Int32s, block_size: int) -> int:
+    """Columns that the widest table of `head_tables` needs."""
+    num_blocks = -(-rows.seq_lens // block_size)
+    return int((rows.history_lo + budget + num_blocks - rows.history_hi).max())
+
+
 def head_tables(
-    block_table: Tensor, batch: SparseBatch, seq_lens: Tensor, block_size: int, num_kv_heads: int
+    block_table: Tensor,
+    batch: SparseBatch,
+    seq_lens: Tensor,
+    width: int,
+    block_size: int,
+    num_kv_heads: int,
 ) -> tuple[Tensor, Tensor]:
     """Per-KV-head block tables `[sinks | selected | recent]` and their lengths.
 
     The selected columns hold the null block until each layer writes its own choice; columns
-    of freed blocks are never read.
+    of freed blocks are never read. Nothing here waits for the device.
 
     Args:
         block_table: [S, max_blocks] int32, vLLM's rows of these requests.
         batch: the requests.
         seq_lens: [S] int32: tokens of the request, this step's included.
+        width: see `table_width`.
 
     Returns:
         tables [S, H, W] int32 of head-block ids `b * H + h`; lengths [S] int32.
@@ -46,13 +63,12 @@ def head_tables(
         t.long()[:, None] for t in (batch.history_lo, batch.history_hi, batch.budget_blocks)
     )
     num_blocks = (seq_lens.long()[:, None] + block_size - 1) // block_size
-    width = int((lo + budget + num_blocks - hi).max())
     column = torch.arange(width, device=block_table.device)[None]
     recent = column - (lo + budget) + hi
     source = torch.where(column < lo, column, recent.minimum(num_blocks - 1))
     selected = (column >= lo) & (column < lo + budget)
-    blocks = block_table.long().gather(1, source.clamp(min=0)).masked_fill(selected, 0)
+    blocks = block_table.gather(1, source.clamp(min=0)).masked_fill(selected, 0)
     heads = torch.arange(num_kv_heads, device=block_table.device)
-    tables = (blocks[:, None] * num_kv_heads + heads[:, None]).to(torch.int32)
+    tables = (blocks.long()[:, None] * num_kv_heads + heads[:, None]).to(torch.int32)
     lengths = (lo + budget - hi).squeeze(1) * block_size + seq_lens
     return tables, lengths.to(torch.int32)

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..types import Geometry, LayerPools
+from .host_memory import HostPool
+from .transfer import upload
 
 
 class Pools:
@@ -25,19 +28,22 @@ class Pools:
             geometry: this worker's shapes.
             num_pages: pages of the swap pool, each holding one block of every layer.
             caches: vLLM's KV cache of each layer, [B, H, N, 2D].
+
+        Raises:
+            ConfigError: host memory is too small for a pinned swap pool.
         """
         g, device = geometry, caches[0].device
         layers, pages, heads = g.num_layers, num_pages, g.num_kv_heads
         blocks, rows = len(caches[0]), num_pages * g.rows_per_page
         n, d = g.block_size, g.head_dim
-        pinned = device.type == "cuda"
 
         def on_device(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.empty((layers, *shape), dtype=dtype, device=device)
 
-        self.host = torch.empty(
-            (layers, pages, heads, n, 2 * d), dtype=caches[0].dtype, pin_memory=pinned
+        self._host_pool = HostPool(
+            (layers, pages, heads, n, 2 * d), caches[0].dtype, pinned=device.type == "cuda"
         )
+        self.host = self._host_pool.tensor
         self.bits = on_device((pages, heads, d // 8, n), torch.uint8)
         self.scales = on_device((pages, heads, n), torch.bfloat16)
         self.centroids = on_device((rows, heads, d), torch.bfloat16)
@@ -75,6 +81,12 @@ class Pools:
 
     def empty_slots(self, block_ids: list[int]) -> None:
         """Forget what the blocks held: they have a new owner."""
-        ids = torch.tensor(block_ids, dtype=torch.int64, device=self.slot_page.device)
-        self.slot_page[:, ids] = -1
-        self.slot_stamp[:, ids] = -1
+        (ids,) = upload([np.asarray(block_ids, np.int64)], self.slot_page.device)
+        self.slot_page.index_fill_(1, ids, -1)
+        self.slot_stamp.index_fill_(1, ids, -1)
+
+    def close(self) -> None:
+        """Unpin the swap pool, once the device has finished with it."""
+        if self.slot_page.is_cuda:
+            torch.cuda.synchronize(self.slot_page.device)
+        self._host_pool.close()

@@ -4,23 +4,26 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..messages import SparseRows, StepMessage, StepReport
+from ..messages import Int32s, SparseRows, StepMessage, StepReport
 from ..ops.layer_ops import DecodeOutputs, LayerOps
 from ..ops.rotation import rotation
 from ..types import Geometry
-from .plan import StepPlan, head_tables
+from .copy_stream import CopyStream, copy_stream
+from .plan import StepPlan, head_tables, table_width
 from .pools import Pools
 from .query_mean import QueryMean
 from .tables import Tables
+from .transfer import Array, Tallies, upload
 
 STAGES = ("score", "select", "resolve", "swap")
+STEPS_IN_FLIGHT = 2  # vLLM schedules a step once the one before the last has returned
 
 
 class Runtime:
@@ -36,6 +39,7 @@ class Runtime:
         working_set_blocks: int,
         ops: LayerOps,
         layer_names: Sequence[str],
+        copies: CopyStream | None = None,
     ) -> None:
         """Allocate everything.
 
@@ -48,21 +52,33 @@ class Runtime:
             working_set_blocks: private blocks of a request.
             ops: implementation of the device functions.
             layer_names: in the order of `caches`.
+            copies: where copy-out is queued; by default what suits the device of `caches`.
         """
         self.geometry = geometry
         self.layer_index = {name: i for i, name in enumerate(layer_names)}
         self.ops = ops
         self.pools = Pools(geometry, num_pages, caches)
+        self.device = caches[0].device
         self.tables = Tables(
-            num_slots, working_set_blocks, geometry.block_size, geometry.rows_per_page
+            num_slots,
+            working_set_blocks,
+            geometry.block_size,
+            geometry.rows_per_page,
+            self.device,
         )
         self.query_mean = QueryMean(geometry, num_slots)
         self.counters: Counter[str] = Counter()
-        self.rotation = rotation(geometry.head_dim).to(caches[0].device)
+        self.rotation = rotation(geometry.head_dim).to(self.device)
+        self._copies = copies or copy_stream(self.device)
         self._key_offset = key_offset
         self._rows: SparseRows | None = None
+        self._order: dict[str, int] = {}
         self._step = -1
         self._plan: StepPlan | None = None
+        self._unsettled: deque[StepPlan] = deque()
+        # All ranks must report the same steps, so a step is booked after a fixed number of
+        # steps, by which it is done, and not as soon as its counts happen to be there.
+        self._lag = STEPS_IN_FLIGHT if self.device.type == "cuda" else 0
         self._report: StepReport | None = None
 
     @property
@@ -75,78 +91,106 @@ class Runtime:
         if message.step == self._step:
             return
         self._step, self._rows, self._plan = message.step, message.sparse, None
+        self._order = {}
         for slot in message.dropped:
             self.tables.drop(slot)
+            for plan in self._unsettled:  # the slot's next owner gets no counts of this one
+                plan.host_slots[plan.host_slots == slot] = -1
         if message.updates:
             self._update(message)
+        if message.sparse is not None or message.frees:
+            self._copies.join()
 
     def _update(self, message: StepMessage) -> None:
         started = time.perf_counter_ns()
         sentences = [s for u in message.updates if (s := self.tables.apply(u)) is not None]
-        for update in message.updates:
-            if update.private_blocks:
-                self.pools.empty_slots(update.private_blocks)
-        blocks = torch.tensor([b for u in message.updates for b in u.block_ids], dtype=torch.int32)
-        pages = torch.tensor([p for u in message.updates for p in u.page_ids], dtype=torch.int32)
-        batches = [
-            tuple(torch.from_numpy(a) for a in (s.rows, s.spans, s.span_blocks)) for s in sentences
-        ]
-        for pools in self.pools.layers:
-            if len(blocks):
-                self.ops.index_pages(pools, blocks, pages, self._key_offset, self.rotation)
-            for rows, spans, span_blocks in batches:
-                self.ops.index_sentences(pools, rows, spans, span_blocks, self._key_offset)
+        blocks = np.asarray([b for u in message.updates for b in u.block_ids], np.int32)
+        pages = np.asarray([p for u in message.updates for p in u.page_ids], np.int32)
+        arrays = [blocks, pages]
+        for s in sentences:
+            arrays += [s.rows, s.spans, s.span_blocks]
+        with self._copies.writing():
+            for update in message.updates:
+                if update.private_blocks:
+                    self.pools.empty_slots(update.private_blocks)
+            block_ids, page_ids, *spans = upload(arrays, self.device)
+            for pools in self.pools.layers:
+                if len(blocks):
+                    self.ops.index_pages(
+                        pools, block_ids, page_ids, self._key_offset, self.rotation
+                    )
+                for i in range(0, len(spans), 3):
+                    rows, ranges, span_blocks = spans[i : i + 3]
+                    self.ops.index_sentences(pools, rows, ranges, span_blocks, self._key_offset)
         self.counters["swap_out_bytes"] += len(blocks) * self.pools.page_bytes
-        self.counters["offload_ns"] += time.perf_counter_ns() - started
+        if self.device.type == "cpu":  # elsewhere the host's clock says nothing
+            self.counters["offload_ns"] += time.perf_counter_ns() - started
+
+    def set_batch_order(self, request_ids: Sequence[str]) -> None:
+        """The step's requests in the order of the batch, where the runner tells."""
+        self._order = {request_id: row for row, request_id in enumerate(request_ids)}
 
     def plan(
-        self, tail_blocks: Tensor, block_table: Tensor, seq_lens: Tensor, tokens: Tensor
+        self, block_table: Tensor, slot_mapping: Tensor, last_tokens: Tensor
     ) -> StepPlan | None:
         """Find the step's sparse rows in the batch; None where there are none.
 
         Args:
-            tail_blocks: [num_reqs] block that each row's last token is written to.
-            block_table: [num_reqs, max_blocks] int32.
-            seq_lens: [num_reqs] int32.
-            tokens: [num_reqs] position of each row's last token in the batch.
+            block_table: [>= num_reqs, max_blocks] int32.
+            slot_mapping: [>= num_tokens] int64: where each token's K and V are written.
+            last_tokens: [num_reqs] int64 on the CPU: position of each row's last token.
         """
         rows = self._rows
         if rows is None:
             return None
-        tails = tail_blocks.numpy()
-        order = np.argsort(tails, kind="stable")
-        found = order[
-            np.searchsorted(tails, rows.tail_blocks, sorter=order).clip(0, len(order) - 1)
-        ]
-        assert (tails[found] == rows.tail_blocks).all(), "a sparse request is not in the batch"
-        index = torch.from_numpy(found)
+        if self._order:
+            found = np.asarray([self._order[r] for r in rows.request_ids], np.int64)
+        else:
+            found = self._find_by_tail(rows.tail_blocks, slot_mapping, last_tokens)
         batch = self.tables.batch(rows, self._step)
+        options = self.tables.options
+        running = options["running_mean_query"][rows.slots].astype(bool)
+        arrays = [found, last_tokens.numpy()[found], rows.slots.astype(np.int64)]
+        index, tokens, slots, seq_lens, is_running, starts = upload(
+            [*arrays, rows.seq_lens, running, rows.starts_sentence], self.device
+        )
+        budget = np.minimum(options["budget_blocks"][rows.slots], rows.history_hi - rows.history_lo)
         tables, lengths = head_tables(
-            block_table[index],
+            block_table.index_select(0, index),
             batch,
-            seq_lens[index],
+            seq_lens,
+            table_width(rows, budget, self.geometry.block_size),
             self.geometry.block_size,
             self.geometry.num_kv_heads,
         )
-        count = len(found)
-        running = self.tables.options["running_mean_query"][rows.slots].astype(bool)
+        tallies = Tallies(len(found), len(STAGES), self.device)
         self._plan = StepPlan(
+            step=self._step,
             batch=batch,
             rows=index,
-            tokens=tokens[index].long(),
-            slots=torch.from_numpy(rows.slots).long(),
+            tokens=tokens,
+            slots=slots,
+            host_slots=rows.slots.copy(),
             seq_lens=lengths,
             out=DecodeOutputs(
-                head_tables=tables,
-                hits=torch.zeros(count, dtype=torch.int64),
-                misses=torch.zeros(count, dtype=torch.int64),
-                coverage=torch.zeros(count),
-                stage_ns=torch.zeros(len(STAGES), dtype=torch.int64),
+                tables, tallies.hits, tallies.misses, tallies.coverage, tallies.stage_ns
             ),
-            running=torch.from_numpy(running) if running.any() else None,
-            starts=torch.from_numpy(rows.starts_sentence),
+            tallies=tallies,
+            running=is_running if running.any() else None,
+            starts=starts,
         )
         return self._plan
+
+    def _find_by_tail(
+        self, tail_blocks: Int32s, slot_mapping: Tensor, last_tokens: Tensor
+    ) -> Array:
+        """Rows by the block they write to, which one request owns; reads `slot_mapping` back."""
+        written = slot_mapping.index_select(0, last_tokens.to(slot_mapping.device))
+        tails = (written // self.geometry.block_size).cpu().numpy()
+        order = np.argsort(tails, kind="stable")
+        found = order[np.searchsorted(tails, tail_blocks, sorter=order).clip(0, len(order) - 1)]
+        assert (tails[found] == tail_blocks).all(), "a sparse request is not in the batch"
+        return found
 
     def rank(self, plan: StepPlan, layer: int, query: Tensor) -> Tensor:
         """Score, select, resolve and swap in; the layer's tables [S, H, W] are ready after it.
@@ -163,7 +207,7 @@ class Runtime:
         return plan.out.head_tables
 
     def take_report(self) -> StepReport | None:
-        """What the last step selected, once."""
+        """What the last booked step selected, once."""
         self._settle()
         report, self._report = self._report, None
         return report
@@ -175,27 +219,33 @@ class Runtime:
         self.counters.clear()
         return taken
 
+    def close(self) -> None:
+        """Release the swap pool's pinned memory."""
+        self.pools.close()
+
     def _settle(self) -> None:
-        """Book a finished step: its plan becomes a report and counts."""
-        plan, self._plan = self._plan, None
-        if plan is None:
-            return
-        out = plan.out
-        for name, elapsed in zip(STAGES, out.stage_ns.tolist(), strict=True):
+        """Book the steps that are done: their plans become counts, the last one a report."""
+        if self._plan is not None:
+            self._plan.tallies.start_fetch()
+            self._unsettled.append(self._plan)
+            self._plan = None
+        while self._unsettled and self._unsettled[0].step <= self._step - self._lag:
+            self._book(self._unsettled.popleft())
+
+    def _book(self, plan: StepPlan) -> None:
+        hits, misses, stage_ns, coverage = plan.tallies.fetched()
+        for name, elapsed in zip(STAGES, stage_ns.tolist(), strict=True):
             self.counters[f"{name}_ns"] += elapsed
-        misses = int(out.misses.sum())
-        self.counters["hits"] += int(out.hits.sum())
-        self.counters["misses"] += misses
+        num_misses = int(misses.sum())
+        self.counters["hits"] += int(hits.sum())
+        self.counters["misses"] += num_misses
         head_block_bytes = self.geometry.head_block_numel * self.pools.host.element_size()
-        self.counters["swap_in_bytes"] += misses * head_block_bytes
+        self.counters["swap_in_bytes"] += num_misses * head_block_bytes
         self.counters["sparse_steps"] += 1
-        coverage = out.coverage / self.geometry.num_layers
-        known = coverage[~coverage.isnan()]
+        shares = coverage / np.float32(self.geometry.num_layers)
+        known = shares[~np.isnan(shares)]
         self.counters["coverage_millionths"] += int(1e6 * float(known.sum()))
         self.counters["coverage_rows"] += len(known)
         self._report = StepReport(
-            slots=plan.slots.numpy().astype(np.int32),
-            hits=out.hits.numpy(),
-            misses=out.misses.numpy(),
-            coverage=coverage.nan_to_num(0.0).numpy(),
+            slots=plan.host_slots, hits=hits, misses=misses, coverage=np.nan_to_num(shares)
         )

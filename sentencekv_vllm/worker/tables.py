@@ -10,7 +10,9 @@ import torch
 
 from ..messages import Int32s, RequestUpdate, SparseRows
 from ..types import SparseBatch
+from .transfer import upload
 
+CPU = torch.device("cpu")
 OPTION_COLUMNS = ("index_kind", "reduce", "budget_blocks", "seed", "running_mean_query")
 
 
@@ -44,18 +46,24 @@ class GrowingTable:
     def of(self, slot: int) -> Int32s:
         return self.values[slot, : self.counts[slot]]
 
-    def gather(self, slots: Int32s) -> torch.Tensor:
+    def gather(self, slots: Int32s) -> Int32s:
         """[S, widest] of the given rows."""
         width = max(1, int(self.counts[slots].max()))
-        return torch.from_numpy(self.values[slots, :width])
+        return self.values[slots, :width]
 
 
 class Tables:
     """All tracked requests, by slot."""
 
     def __init__(
-        self, num_slots: int, working_set_blocks: int, block_size: int, rows_per_page: int
-    ):
+        self,
+        num_slots: int,
+        working_set_blocks: int,
+        block_size: int,
+        rows_per_page: int,
+        device: torch.device = CPU,
+    ) -> None:
+        self.device = device  # of the batches; the tables themselves stay on the host
         self.block_size = block_size
         self.rows_per_page = rows_per_page
         self.blocks = GrowingTable(num_slots)  # block j, as it was when it was copied out
@@ -121,23 +129,22 @@ class Tables:
             return replace(self._batch[1], step=step)
         slots = rows.slots
         history = rows.history_hi - rows.history_lo
-        batch = SparseBatch(
-            pages=self.pages.gather(slots),
-            num_pages=torch.from_numpy(self.pages.counts[slots]),
-            row_pages=self.row_pages.gather(slots),
-            sentence_ends=self.ends.gather(slots),
-            num_sentences=torch.from_numpy(self.num_indexed[slots]),
-            history_lo=torch.from_numpy(rows.history_lo),
-            history_hi=torch.from_numpy(rows.history_hi),
-            budget_blocks=torch.from_numpy(
-                np.minimum(self.options["budget_blocks"][slots], history)
-            ),
-            private_blocks=torch.from_numpy(self.private[slots]),
-            index_kind=torch.from_numpy(self.options["index_kind"][slots]),
-            reduce=torch.from_numpy(self.options["reduce"][slots]),
-            retention=torch.from_numpy(self.retention[slots]),
-            seed=torch.from_numpy(self.options["seed"][slots]),
-            step=step,
-        )
+        columns = {
+            "pages": self.pages.gather(slots),
+            "num_pages": self.pages.counts[slots],
+            "row_pages": self.row_pages.gather(slots),
+            "sentence_ends": self.ends.gather(slots),
+            "num_sentences": self.num_indexed[slots],
+            "history_lo": rows.history_lo,
+            "history_hi": rows.history_hi,
+            "budget_blocks": np.minimum(self.options["budget_blocks"][slots], history),
+            "private_blocks": self.private[slots],
+            "index_kind": self.options["index_kind"][slots],
+            "reduce": self.options["reduce"][slots],
+            "retention": self.retention[slots],
+            "seed": self.options["seed"][slots],
+        }
+        tensors = upload(list(columns.values()), self.device)
+        batch = SparseBatch(**dict(zip(columns, tensors, strict=True)), step=step)
         self._batch = (key, batch)
         return batch

@@ -194,7 +194,7 @@ def test_layers_that_it_can_serve_are_its_own():
     ],
 )
 def test_a_layer_with_alibi_or_a_shared_cache_is_refused(arguments, reason):
-    from sentencekv_vllm.vllm_glue.impl import SentenceKVImpl
+    from sentencekv_vllm.vllm_glue.cpu import Impl
 
     values = {
         "num_heads": 4,
@@ -206,7 +206,7 @@ def test_a_layer_with_alibi_or_a_shared_cache_is_refused(arguments, reason):
         "kv_cache_dtype": "auto",
     }
     with pytest.raises(ValueError, match=f"{reason}.*another attention backend"):
-        SentenceKVImpl(**(values | arguments))
+        Impl(**(values | arguments))
 
 
 def test_two_kinds_of_layers_are_refused_when_the_caches_are_bound():

@@ -10,9 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sentencekv_vllm.worker.plan import head_tables
+from sentencekv_vllm.worker.plan import head_tables, table_width
 
 BLOCK, STALE = 32, 10_000
+
+
+def tables_of(table, batch, tokens, num_kv_heads):
+    rows = SimpleNamespace(
+        history_lo=batch.history_lo.numpy(),
+        history_hi=batch.history_hi.numpy(),
+        seq_lens=tokens.numpy(),
+    )
+    width = table_width(rows, batch.budget_blocks.numpy(), BLOCK)
+    return head_tables(table, batch, tokens, width, BLOCK, num_kv_heads)
 
 
 @st.composite
@@ -41,7 +51,7 @@ def test_tables_are_sinks_then_room_for_the_choice_then_recent_blocks(requests, 
         table[s, : len(own)] = own
         table[s, first:end] = STALE  # freed; another request's by now
     batch = SimpleNamespace(history_lo=lo, history_hi=hi, budget_blocks=budget)
-    result, lengths = head_tables(table, batch, tokens, BLOCK, num_kv_heads)
+    result, lengths = tables_of(table, batch, tokens, num_kv_heads)
     for s, (first, end, room, count) in enumerate(requests):
         own = table[s].tolist()
         blocks = -(-count // BLOCK)
@@ -59,7 +69,7 @@ def test_the_partly_filled_block_is_last():
     one = torch.ones(1, dtype=torch.int32)
     batch = SimpleNamespace(history_lo=one, history_hi=5 * one, budget_blocks=2 * one)
     table = torch.arange(10, 20, dtype=torch.int32)[None]
-    tables, lengths = head_tables(table, batch, 200 * one, BLOCK, 1)
+    tables, lengths = tables_of(table, batch, 200 * one, 1)
     assert tables.tolist() == [[[10, 0, 0, 15, 16]]]
     assert lengths.item() == 200 - 2 * BLOCK == 4 * BLOCK + 8, "eight tokens in block 16"
 
@@ -69,6 +79,6 @@ def test_a_budget_of_nothing_leaves_sinks_and_recent_window(tokens):
     one = torch.ones(1, dtype=torch.int32)
     batch = SimpleNamespace(history_lo=one, history_hi=5 * one, budget_blocks=0 * one)
     table = torch.arange(10, 20, dtype=torch.int32)[None]
-    tables, lengths = head_tables(table, batch, tokens * one, BLOCK, 1)
+    tables, lengths = tables_of(table, batch, tokens * one, 1)
     assert tables.tolist() == [[[10, 15]]]
     assert lengths.item() == tokens - 4 * BLOCK

@@ -72,17 +72,17 @@ def rows(slots, tails, hi=PROMPT_BLOCKS - 2) -> SparseRows:
         column(tails),
         column([1] * count),
         column([hi] * count),
+        column([PROMPT_BLOCKS * N - 3] * count),
         np.ones(count, np.bool_),
     )
 
 
 def plan_of(runtime, tails, tables):
-    count = len(tails)
+    """The plan of a decode batch whose rows write to the blocks `tails`."""
     return runtime.plan(
-        tail_blocks=torch.tensor(tails),
         block_table=torch.tensor(tables, dtype=torch.int32),
-        seq_lens=torch.full((count,), PROMPT_BLOCKS * N - 3, dtype=torch.int32),
-        tokens=torch.arange(count),
+        slot_mapping=torch.tensor(tails) * N + 3,
+        last_tokens=torch.arange(len(tails)),
     )
 
 

@@ -25,7 +25,9 @@ def update(slot=0, blocks=(), pages=(), row_pages=(), ends=(), private=None, opt
 
 def rows_of(slot, lo=1, hi=9):
     one = np.ones(1, np.int32)
-    return SparseRows(slot * one, 77 * one, lo * one, hi * one, np.zeros(1, np.bool_))
+    return SparseRows(
+        slot * one, 77 * one, lo * one, hi * one, hi * BLOCK * one, np.zeros(1, np.bool_)
+    )
 
 
 @st.composite
