@@ -66,7 +66,7 @@ def score_sentences(
         lo, hi = int(batch.history_lo[s]) * n, int(batch.history_hi[s]) * n
         ends = batch.sentence_ends[s, :count].tolist()
         starts = [0, *ends[:-1]]
-        touches = [i for i in range(count) if starts[i] < hi and ends[i] > lo]
+        touches = [i for i in range(count) if max(starts[i], lo) < min(ends[i], hi)]
         if not touches:
             continue
         kind, reduce = int(batch.index_kind[s]), int(batch.reduce[s])
