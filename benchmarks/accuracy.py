@@ -24,7 +24,7 @@ from sentencekv_vllm.evaluation.engine import DENSE, VllmEngine
 from sentencekv_vllm.evaluation.items import STYLES, make_cells
 from sentencekv_vllm.evaluation.recall_tasks import TASKS
 from sentencekv_vllm.evaluation.records import Results, ResultsError
-from sentencekv_vllm.evaluation.runner import run
+from sentencekv_vllm.evaluation.runner import is_complete, run
 from sentencekv_vllm.evaluation.table import Row, markdown, summarise
 from sentencekv_vllm.policies import POLICIES
 from sentencekv_vllm.presets import PACKAGE
@@ -90,17 +90,18 @@ def main() -> int:
     except ResultsError as error:
         print(error, file=sys.stderr)
         return 2
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    engine = VllmEngine(
-        MODEL,
-        settings,
-        block_size=options.block_size,
-        max_prompt_tokens=max(options.lengths),
-        max_policies=len(options.policies),
-        kv_cache_bytes=256 << 20,
-    )
-    run(engine, results, cells, options.policies, options.items, Progress())
+    if not is_complete(results, cells, options.policies, options.items):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        engine = VllmEngine(
+            MODEL,
+            settings,
+            block_size=options.block_size,
+            max_prompt_tokens=max(options.lengths),
+            max_policies=len(options.policies),
+            kv_cache_bytes=256 << 20,
+        )
+        run(engine, results, cells, options.policies, options.items, Progress())
     model = json.loads((MODEL / "config.json").read_text())
     head_block_bytes = 2 * options.block_size * model["head_dim"] * 2  # K and V, bfloat16
     wanted = [r for r in results.records.values() if r.seed < options.items]

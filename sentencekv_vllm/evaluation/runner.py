@@ -13,6 +13,14 @@ from .records import Record, Results
 SPARE_TOKENS = 8  # a wrong answer may be longer than the right one
 
 
+def is_complete(
+    results: Results, cells: Sequence[Cell], policies: Sequence[str], num_items: int
+) -> bool:
+    """Nothing is left to ask."""
+    asked = schedule(cells, num_items)
+    return all((cell, seed, p) in results.records for cell, seed in asked for p in policies)
+
+
 def run(
     engine: Engine,
     results: Results,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,11 +142,16 @@ def markdown(rows: Sequence[Row], policies: Sequence[str]) -> str:
     """Three tables, cells down and policies across: exact match, kept of dense, traffic."""
     sparse = [p for p in policies if p != DENSE]
     tables = [
-        ("Exact match (95 % interval)", policies, lambda row: str(row.exact)),
-        ("Of the questions that dense attention solves: solved", sparse, lambda r: str(r.kept)),
-        ("Hit rate, KiB swapped in per step, share of attention selected", sparse, _traffic),
+        _pivot(rows, "Exact match (95 % interval)", policies, _exact),
+        _pivot(rows, "Solved, of the questions that dense attention solves", sparse, _kept),
+        _pivot(
+            rows,
+            "Hit rate, KiB swapped in per step, share of attention selected",
+            sparse,
+            _traffic,
+        ),
     ]
-    text = "\n\n".join(_pivot(rows, *table) for table in tables)
+    text = "\n\n".join(tables)
     dense_steps = [row for row in rows if row.policy in sparse and row.sparse.value < 1]
     if dense_steps:
         text += "\n\nDecode steps that were run densely, so that these rows flatter the policy:\n"
@@ -155,15 +160,29 @@ def markdown(rows: Sequence[Row], policies: Sequence[str]) -> str:
     return text
 
 
-def _traffic(row: Row) -> str:
+def _exact(row: Row) -> tuple[int, str]:
+    return row.exact.whole, str(row.exact)
+
+
+def _kept(row: Row) -> tuple[int, str]:
+    return row.kept.whole, str(row.kept)
+
+
+def _traffic(row: Row) -> tuple[int, str]:
     if not row.hits.whole:
-        return "-"
+        return row.exact.whole, "-"
     kib = row.swapped_bytes_per_step / 1024
     coverage = f"{row.coverage:.2f}" if row.coverage else "-"  # only token bits estimate it
-    return f"{row.hits.value:.2f}, {kib:.0f}, {coverage}"
+    return row.exact.whole, f"{row.hits.value:.2f}, {kib:.0f}, {coverage}"
 
 
-def _pivot(rows: Sequence[Row], title: str, policies: Sequence[str], show: Any) -> str:
+def _pivot(
+    rows: Sequence[Row],
+    title: str,
+    policies: Sequence[str],
+    show: Callable[[Row], tuple[int, str]],
+) -> str:
+    """Cells down, policies across; `show` gives the number of questions and an entry."""
     found = {(row.cell, row.policy): row for row in rows}
     lines = [
         f"{title}:",
@@ -172,8 +191,7 @@ def _pivot(rows: Sequence[Row], title: str, policies: Sequence[str], show: Any) 
         "|---" * (2 + len(policies)) + "|",
     ]
     for cell in dict.fromkeys(row.cell for row in rows):
-        own = [found[cell, policy] for policy in policies]
-        lines.append(
-            f"| {cell or 'all'} | {own[0].exact.whole} | {' | '.join(show(r) for r in own)} |"
-        )
+        shown = [show(found[cell, policy]) for policy in policies]
+        entries = " | ".join(entry for _, entry in shown)
+        lines.append(f"| {cell or 'all'} | {shown[0][0] if shown else 0} | {entries} |")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import pytest
 from sentencekv_vllm.evaluation.engine import DENSE, Completion, request_arguments
 from sentencekv_vllm.evaluation.items import Cell, make_cells, make_item, schedule
 from sentencekv_vllm.evaluation.records import Results, ResultsError
-from sentencekv_vllm.evaluation.runner import run
+from sentencekv_vllm.evaluation.runner import is_complete, run
 
 CELLS = make_cells(["niah_single"], ["restated", "answer_prefix"], [200, 300])
 POLICIES = [DENSE, "sentencekv"]
@@ -55,8 +55,10 @@ def test_an_interrupted_run_goes_on_and_asks_nothing_twice(tmp_path):
     first = WordEngine(limit=5)
     with pytest.raises(KeyboardInterrupt):
         run(first, Results(path, SETTINGS), CELLS, POLICIES, num_items=3)
-    second = WordEngine()
-    run(second, Results(path, SETTINGS), CELLS, POLICIES, num_items=3)
+    second, results = WordEngine(), Results(path, SETTINGS)
+    assert not is_complete(results, CELLS, POLICIES, num_items=3)
+    run(second, results, CELLS, POLICIES, num_items=3)
+    assert is_complete(results, CELLS, POLICIES, num_items=3)
     prompts = [prompt for prompt, _ in first.asked + second.asked]
     assert len(prompts) == len(set(prompts)) == len(CELLS) * 3
     assert len(path.read_text().splitlines()) == 1 + len(prompts) * len(POLICIES)

@@ -70,6 +70,16 @@ def test_only_questions_that_dense_attention_solves_count_as_kept():
     assert (row.kept.part, row.kept.whole) == (2, 3)
 
 
+def test_each_table_says_how_many_questions_it_rests_on():
+    records = [record(seed, p, seed < 3) for seed in range(4) for p in POLICIES]
+    exact, kept, traffic = markdown(summarise(records, [CELL], POLICIES, 8192), POLICIES).split(
+        "\n\n| "
+    )[1:]
+    assert f"{CELL} | 4 | 0.75 (0.30-0.95) | 0.75 (0.30-0.95) |" in exact
+    assert f"{CELL} | 3 | 1.00 (0.44-1.00) |" in kept
+    assert f"{CELL} | 4 | 0.75, 8, 0.50 |" in traffic
+
+
 def test_a_question_that_one_policy_has_not_answered_counts_for_none():
     records = [record(seed, "dense", True) for seed in range(4)]
     records += [record(seed, "sentencekv", True) for seed in range(2)]
