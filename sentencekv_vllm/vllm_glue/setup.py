@@ -83,10 +83,32 @@ def _conflicts(vllm_config: Any) -> list[tuple[bool, str, str]]:
             f"a quantised KV cache (here {cache.cache_dtype})",
             "set --kv-cache-dtype auto",
         ),
+        (
+            not (current_platform.is_cpu() or current_platform.is_cuda()),
+            f"the platform {current_platform.device_name!r}: its kernels are for CPUs and for CUDA",
+            "use another attention backend",
+        ),
+        (
+            parallel.use_ubatching,
+            "microbatches (--enable-dbo, --ubatch-size): a step has one plan for its sparse rows",
+            "remove them",
+        ),
+        (
+            # A partial hit is copied into a block that was freed in the same step, before the
+            # V2 runner tells us what to copy out of it.
+            cache.prefix_match_unit not in (None, cache.block_size),
+            f"prefix hits of parts of a block (--prefix-match-unit {cache.prefix_match_unit})",
+            "remove --prefix-match-unit",
+        ),
     ]
     if model is None:
         return conflicts
     return conflicts + [
+        (
+            cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
+            f"a KV cache of {cache.cache_dtype} for a model of {model.dtype}",
+            "set --kv-cache-dtype auto",
+        ),
         (
             model.runner_type != "generate",
             f"runner {model.runner_type!r}: only text generation decodes",

@@ -38,6 +38,7 @@ def configuration(model=(), parallel=(), cache=(), transfer=None, speculative=No
             is_hybrid=False,
             is_attention_free=False,
             enable_sleep_mode=False,
+            dtype=torch.bfloat16,
             get_sliding_window=lambda: window,
         ),
         parallel_config=namespace(
@@ -45,8 +46,15 @@ def configuration(model=(), parallel=(), cache=(), transfer=None, speculative=No
             pipeline_parallel_size=1,
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
+            use_ubatching=False,
         ),
-        cache_config=namespace(cache, cache_dtype="auto", kv_offloading_size=None),
+        cache_config=namespace(
+            cache,
+            cache_dtype="auto",
+            kv_offloading_size=None,
+            block_size=32,
+            prefix_match_unit=None,
+        ),
         kv_transfer_config=transfer,
         speculative_config=speculative,
     )
@@ -97,6 +105,17 @@ REFUSED = {
         "--prefill-context-parallel-size 1",
     ),
     "fp8 KV": ({"cache": {"cache_dtype": "fp8"}}, "quantised KV cache .here fp8", "auto"),
+    "a KV dtype of its own": (
+        {"cache": {"cache_dtype": "float16"}},
+        "float16 for a model of torch.bfloat16",
+        "--kv-cache-dtype auto",
+    ),
+    "microbatches": ({"parallel": {"use_ubatching": True}}, "microbatches", "remove them"),
+    "partial prefix hits": (
+        {"cache": {"prefix_match_unit": 16}},
+        "prefix-match-unit 16",
+        "remove --prefix-match-unit",
+    ),
     "KV offloading": (
         {"cache": {"kv_offloading_size": 4.0}},
         "kv-offloading-size",
@@ -122,6 +141,7 @@ def test_each_refusal_names_what_and_the_way_out(case):
 def test_what_is_supported_is_not_refused():
     setup.refuse(configuration())
     setup.refuse(configuration(cache={"cache_dtype": "bfloat16"}))
+    setup.refuse(configuration(cache={"prefix_match_unit": 32}))
     setup.refuse(configuration(transfer=SimpleNamespace(kv_connector="SentenceKVConnector")))
 
 
