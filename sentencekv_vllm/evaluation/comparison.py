@@ -34,7 +34,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Round:
-    """All questions of about one length, and the KV blocks held while decoding one of them."""
+    """All questions of about one length, and the KV blocks held while one prompt is decoded."""
 
     questions: Sequence[Question]
     blocks_ours: int
@@ -99,10 +99,11 @@ def report(rounds: Sequence[Round]) -> str:
     return "\n".join([*lines, "", verdict(rounds)])
 
 
-def all_right(rounds: Sequence[Round]) -> bool:
-    """Every sentencekv answer is right, and there is one."""
+def succeeded(rounds: Sequence[Round]) -> bool:
+    """Every sentencekv answer is right, blocks were released, and something was asked."""
     questions = [q for r in rounds for q in r.questions]
-    return bool(questions) and all(q.right for q in questions)
+    released = all(r.released > 0 for r in rounds)
+    return bool(questions) and released and all(q.right for q in questions)
 
 
 def verdict(rounds: Sequence[Round]) -> str:
@@ -110,7 +111,7 @@ def verdict(rounds: Sequence[Round]) -> str:
     questions = [q for r in rounds for q in r.questions]
     released = min((r.released for r in rounds), default=0.0)
     return (
-        f"{'OK' if all_right(rounds) else 'FAILED'}: {sum(q.right for q in questions)} of "
+        f"{'OK' if succeeded(rounds) else 'FAILED'}: {sum(q.right for q in questions)} of "
         f"{len(questions)} answers right (stock: {sum(q.stock_right for q in questions)}), at "
         f"least {released:.0%} of the KV blocks released while decoding."
     )

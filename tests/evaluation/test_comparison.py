@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sentencekv_vllm.demo import COMMON, LENGTHS, MODEL, OURS, PRESET, flags, main
-from sentencekv_vllm.evaluation.comparison import HEADER, Question, Round, all_right, report, row
+from sentencekv_vllm.evaluation.comparison import HEADER, Question, Round, succeeded, report, row
 from sentencekv_vllm.evaluation.recall_tasks import make_prompt
 from sentencekv_vllm.evaluation.served import Reply
 from sentencekv_vllm.presets import preset_path
@@ -22,9 +22,9 @@ def reply(text: str = ITEM.target, milliseconds: float = 4.0) -> Reply:
     return Reply(text, summary, milliseconds / 1e3, 3 * 2**20, 16 * 2**20)
 
 
-def rounds(*answers: str) -> list[Round]:
+def rounds(*answers: str, blocks_ours: int = 10) -> list[Round]:
     questions = [Question(8000, 0.5, ITEM, reply(a, 2.0), reply()) for a in answers]
-    return [Round(questions, blocks_ours=10, blocks_stock=250)]
+    return [Round(questions, blocks_ours, blocks_stock=250)]
 
 
 def test_a_row_shows_the_answer_and_both_times():
@@ -47,12 +47,16 @@ def test_the_verdict_counts_answers_and_released_blocks():
 
 def test_one_wrong_answer_fails():
     some = rounds(ITEM.target, "No.")
-    assert not all_right(some)
+    assert not succeeded(some)
     assert report(some).splitlines()[-1].startswith("FAILED: 1 of 2 answers right (stock: 2)")
 
 
+def test_right_answers_without_released_blocks_fail():
+    assert not succeeded(rounds(ITEM.target, blocks_ours=252))
+
+
 def test_nothing_asked_is_no_success():
-    assert not all_right([])
+    assert not succeeded([])
 
 
 def test_times_are_compared_as_stock_over_ours():
