@@ -54,14 +54,16 @@ class Vocabulary:
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         tokens: dict[str, int] = tokenizer.get_vocab()
         reader = _reader(backend)
-        pieces = [b""] * (max(tokens.values(), default=-1) + 1)
+        added_tokens = _added_tokens(tokenizer, backend)
+        # A token added late may lie beyond the vocabulary that the tokenizer tells of.
+        pieces = [b""] * (max((*tokens.values(), *added_tokens), default=-1) + 1)
         if reader is None:
             for token_id, piece in _decoded(tokenizer, sorted(tokens.values())):
                 pieces[token_id] = piece
         else:
             for token, token_id in tokens.items():
                 pieces[token_id] = reader(token)
-        for token_id, added in _added_tokens(tokenizer, backend).items():
+        for token_id, added in added_tokens.items():
             pieces[token_id] = SPECIAL_PIECE if added.special else added.content.encode()
         return cls.from_pieces(pieces)
 

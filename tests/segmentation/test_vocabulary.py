@@ -93,3 +93,24 @@ def test_a_vocabulary_of_128k_is_read_in_two_seconds():
     start = time.process_time()
     Vocabulary.from_tokenizer(tokenizer)
     assert time.process_time() - start < 2
+
+
+def test_a_token_added_behind_the_tokenizers_vocabulary_is_known(byte_coded):
+    tokenizer = Tokenizer.from_str(byte_coded.tokenizer.to_str())
+    before = tokenizer.get_vocab()
+    tokenizer.add_tokens(["<late>"])
+    late = tokenizer.token_to_id("<late>")
+    assert late not in before.values()
+
+    class Cached:
+        """vLLM keeps the vocabulary that it saw first."""
+
+        backend_tokenizer = tokenizer
+
+        def get_vocab(self):
+            return before
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+    assert Vocabulary.from_tokenizer(Cached()).piece(late) == b"<late>"
