@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from .evaluation.comparison import HEADER, Question, Round, succeeded, report, row
+from .evaluation.comparison import HEADER, Question, Round, report, row, succeeded
 from .evaluation.recall_tasks import make_prompt
 from .evaluation.served import Client
 from .evaluation.server import Server, ServerError

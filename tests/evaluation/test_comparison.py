@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sentencekv_vllm.demo import COMMON, LENGTHS, MODEL, OURS, PRESET, flags, main
-from sentencekv_vllm.evaluation.comparison import HEADER, Question, Round, succeeded, report, row
+from sentencekv_vllm.evaluation.comparison import HEADER, Question, Round, report, row, succeeded
 from sentencekv_vllm.evaluation.recall_tasks import make_prompt
 from sentencekv_vllm.evaluation.served import Reply
 from sentencekv_vllm.presets import preset_path
