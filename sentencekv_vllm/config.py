@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
-from .policies import POLICIES, SelectionPolicy
+from .policies import POLICIES, Grouping, SelectionPolicy
 from .types import IndexKind, Reduce
 
 INDEX_NAMES = {kind.name.lower(): kind for kind in IndexKind}
@@ -30,11 +30,13 @@ def _option(
     default: Any,
     *,
     low: float = -math.inf,
+    high: float = math.inf,
     above: float = -math.inf,
     choices: Sequence[str] = (),
 ) -> Any:
-    """A field with its rule: at least `low`, greater than `above`, one of `choices`."""
-    return field(default=default, metadata={"low": low, "above": above, "choices": choices})
+    """A field with its rule: from `low` to `high`, greater than `above`, one of `choices`."""
+    rule = {"low": low, "high": high, "above": above, "choices": choices}
+    return field(default=default, metadata=rule)
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,14 @@ class SentenceKVConfig:
     which shows that the path is exact."""
     allow_untested_vllm: bool = _option(False)
 
+    index_vectors: int | None = _option(None, low=1, high=2)
+    """Vectors a sentence row has room for. 2 lets requests ask for the policies `quest` and
+    `mean-std`; None: what the server's own policy needs."""
+
     index: str | None = _option(None, choices=tuple(INDEX_NAMES))
-    """With `query`, `head_reduce` and `retention`: in place of the policy's own; None keeps it."""
+    """With `grouping`, `query`, `head_reduce` and `retention`: in place of the policy's own; None
+    keeps it."""
+    grouping: str | None = _option(None, choices=get_args(Grouping))
     query: str | None = _option(None, choices=("current", "running_mean"))
     head_reduce: str | None = _option(None, choices=tuple(REDUCE_NAMES))
     retention: float | None = _option(None, low=0)
@@ -113,12 +121,18 @@ class SentenceKVConfig:
                 f"fixed_sentence_tokens {fixed} lies outside min_sentence_tokens {low} and "
                 f"max_sentence_tokens {high}: set it to {min(max(fixed, low), high)}"
             )
-        overrides = [name for name in ("index", "query", "head_reduce", "retention")
-                     if getattr(self, name) is not None]  # fmt: skip
+        parts = ("index", "grouping", "query", "head_reduce", "retention")
+        overrides = [name for name in parts if getattr(self, name) is not None]
         if overrides and POLICIES[self.policy].index is None:
             raise ConfigError(
                 f"policy {self.policy!r} ranks nothing, so {', '.join(overrides)} cannot apply: "
                 f"remove {'it' if len(overrides) == 1 else 'them'}"
+            )
+        index = self.selection_policy.index
+        if index is not None and self.index_vectors == 1 < index.vectors:
+            raise ConfigError(
+                f"index {index.name.lower()!r} keeps {index.vectors} vectors a row, index_vectors "
+                f"is {self.index_vectors}: set it to {index.vectors}"
             )
 
     @property
@@ -126,6 +140,7 @@ class SentenceKVConfig:
         """The named policy with the overrides applied."""
         changes: dict[str, Any] = {
             "index": None if self.index is None else INDEX_NAMES[self.index],
+            "grouping": self.grouping,
             "query": self.query,
             "reduce": None if self.head_reduce is None else REDUCE_NAMES[self.head_reduce],
             "retention": self.retention,
@@ -134,7 +149,13 @@ class SentenceKVConfig:
 
 
 def _check(
-    name: str, value: Any, hint: Any, low: float, above: float, choices: Sequence[str]
+    name: str,
+    value: Any,
+    hint: Any,
+    low: float,
+    high: float,
+    above: float,
+    choices: Sequence[str],
 ) -> None:
     kinds = set(get_args(hint) or (hint,))
     if float in kinds:
@@ -151,5 +172,7 @@ def _check(
             raise ConfigError(f"{name} must be a finite number, got {value}")
         if value < low:
             raise ConfigError(f"{name} must be at least {low:g}, got {value}")
+        if value > high:
+            raise ConfigError(f"{name} must be at most {high:g}, got {value}")
         if value <= above:
             raise ConfigError(f"{name} must be greater than {above:g}, got {value}")

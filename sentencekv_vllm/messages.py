@@ -26,6 +26,7 @@ class DecodeOptions:
     running_mean_query: bool  # rank by the mean query of the open sentence
     budget_blocks: int  # head-blocks of history selected per KV head and step
     seed: int
+    block_groups: bool = False  # a group is a KV block, not a sentence
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The named presets in `configs/`, in the form that `vllm serve --config` takes.
 
+Those in `configs/policies` set the policy of that name and little else.
+
 `python -m sentencekv_vllm.presets NAME` prints the path of one, for the command line.
 """
 
@@ -19,7 +21,7 @@ PACKAGE = Path(__file__).resolve().parent
 def preset_paths() -> dict[str, Path]:
     """File of every preset by name: package data of a wheel, or those of a checkout."""
     folders = (PACKAGE / "configs", PACKAGE.parent / "configs")
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for folder in folders for path in sorted(folder.rglob("*.yaml"))}
 
 
 def preset_path(name: str) -> Path:

@@ -6,15 +6,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from .config import INDEX_NAMES, REDUCE_NAMES, closest
-from .policies import POLICIES, SelectionPolicy
+from .policies import POLICIES, Grouping, SelectionPolicy
 from .resolved import ResolvedConfig
 
 SWITCH, POLICY, BUDGET = "sentencekv", "sentencekv_policy", "sentencekv_token_budget"
 RANKING: dict[str, tuple[str, Mapping[str, Any] | None]] = {
     "sentencekv_index": ("index", INDEX_NAMES),
+    "sentencekv_grouping": ("grouping", {name: name for name in get_args(Grouping)}),
     "sentencekv_query": ("query", {"current": "current", "running_mean": "running_mean"}),
     "sentencekv_head_reduce": ("reduce", REDUCE_NAMES),
     "sentencekv_retention": ("retention", None),  # a number
@@ -52,6 +53,7 @@ class RequestOptions:
         enabled = _switch(given.get(SWITCH, "on"))
         policy = _policy(given[POLICY], resolved) if POLICY in given else resolved.policy
         policy = _ranking(policy, {k: v for k, v in given.items() if k in RANKING})
+        _check_vectors(policy, resolved)
         budget = _budget(given[BUDGET]) if BUDGET in given else resolved.config.token_budget
         if policy.selects:
             _check_fit(budget, resolved)
@@ -92,6 +94,16 @@ def _ranking(policy: SelectionPolicy, given: Mapping[str, Any]) -> SelectionPoli
         else:
             raise RequestOptionsError(f"{key} {value!r} is not known: {closest(value, [*names])}")
     return replace(policy, **changes)
+
+
+def _check_vectors(policy: SelectionPolicy, resolved: ResolvedConfig) -> None:
+    index = policy.index
+    if index is not None and index.vectors > resolved.index_vectors:
+        raise RequestOptionsError(
+            f"policy {policy.name!r} with index {index.name.lower()!r} keeps {index.vectors} "
+            f"vectors a row, this server has room for {resolved.index_vectors}: start it with "
+            f"index_vectors of {index.vectors}"
+        )
 
 
 def _budget(value: Any) -> int:

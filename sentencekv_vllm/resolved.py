@@ -25,6 +25,7 @@ class ResolvedConfig:
     policy: SelectionPolicy  # the default of a request, overrides applied
     block_size: int  # tokens
     rows_per_page: int  # sentence rows that come with a page
+    index_vectors: int  # that a row has room for
     sink_blocks: int
     recent_blocks: int  # full blocks that the recent window may touch
     working_set_blocks: int  # R: private blocks of a sparse request
@@ -96,20 +97,24 @@ def resolve(
     head_blocks = num_layers * num_kv_heads
     page_bytes = head_blocks * 2 * block_size * head_dim * dtype_size
     bits_and_scales = block_size * (head_dim // 8 + 2)
-    centroids_and_flags = rows_per_page * (2 * head_dim + 1)
+    policy = config.selection_policy
+    needed = 1 if policy.index is None else policy.index.vectors
+    vectors = config.index_vectors or needed
+    vectors_and_flags = rows_per_page * (2 * head_dim * vectors + 1)
     history = _history_blocks(config, config.token_budget, block_size)
     wanted = config.working_set_tokens
     resolved = ResolvedConfig(
         config=config,
-        policy=config.selection_policy,
+        policy=policy,
         block_size=block_size,
         rows_per_page=rows_per_page,
+        index_vectors=vectors,
         sink_blocks=blocks(config.num_sink_tokens, block_size),
         recent_blocks=blocks(config.recent_window, block_size),
         working_set_blocks=-(-5 * history // 4) if wanted is None else blocks(wanted, block_size),
         num_pages=int(config.host_pool_gib * GIB) // page_bytes,
         page_bytes=page_bytes,
-        index_page_bytes=head_blocks * (bits_and_scales + centroids_and_flags),
+        index_page_bytes=head_blocks * (bits_and_scales + vectors_and_flags),
     )
     if resolved.policy.selects:
         _check_budget(resolved)

@@ -15,6 +15,13 @@ class IndexKind(IntEnum):
     TOKEN_BITS = 0  # best token: sign bits of the rotated key times the quantised query
     CENTROID = 1  # inner product with the mean key of the sentence
     RANDOM = 2  # seeded hash; the floor every method must beat
+    BOUNDS = 3  # largest product that the channels' minima and maxima allow
+    MEAN_STD = 4  # product with the mean key plus two standard deviations along the query
+
+    @property
+    def vectors(self) -> int:
+        """Vectors that a sentence's row must hold."""
+        return 2 if self in (IndexKind.BOUNDS, IndexKind.MEAN_STD) else 1
 
 
 class Reduce(IntEnum):
@@ -36,6 +43,7 @@ class Geometry:
     block_size: int  # tokens
     rows_per_page: int  # sentence rows (centroid, retention flag) that come with a page
     scale: float  # softmax scale of the attention
+    vectors_per_row: int = 1  # 2: with room for IndexKind.BOUNDS and MEAN_STD
 
     @property
     def num_query_heads(self) -> int:
@@ -58,11 +66,12 @@ class LayerPools:
     host: Tensor  # [P, H, N, 2D] swap pool; a page is a byte copy of a block
     bits: Tensor  # [P, H, D / 8, N] uint8: bit j of byte (i, t) is the sign of channel 8i + j
     scales: Tensor  # [P, H, N] bfloat16
-    centroids: Tensor  # [P * M, H, D] bfloat16, one row per sentence
+    centroids: Tensor  # [P * M, H, D] bfloat16, one row per sentence: see ops.index_sentences
     kept: Tensor  # [P * M, H] uint8: the sentence was selected at the step before
     page_slot: Tensor  # [P, H] int32: block that holds the page's head-block, or -1
     slot_page: Tensor  # [B, H] int32: page held by the block's head-block, or -1
     slot_stamp: Tensor  # [B, H] int32: step at which the slot was last selected
+    spreads: Tensor | None = None  # as centroids, where a row has two vectors
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..ops.layer_ops import DecodeOutputs
-from ..types import Geometry, LayerPools, SparseBatch
+from ..types import Geometry, IndexKind, LayerPools, SparseBatch
 from .index_pages import index_pages
 from .index_sentences import index_sentences
 from .locate_sentences import locate_sentences
@@ -57,8 +57,9 @@ class TritonOps:
         spans: Tensor,
         span_blocks: Tensor,
         key_offset: Tensor,
+        kind: IndexKind = IndexKind.CENTROID,
     ) -> None:
-        index_sentences(pools, rows, spans, span_blocks)
+        index_sentences(pools, rows, spans, span_blocks, kind)
 
     def decode_layer(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..types import Geometry, IndexKind, LayerPools, Reduce, SparseBatch
 from .locate_sentences import overlaps, sentence_row, sentence_span
 from .ordered import LOWEST, from_ordered
-from .score_centroids import score_centroids
+from .score_summaries import score_summaries
 from .score_tokens import score_tokens
 from .workspace import CHUNK_TOKENS, Workspace
 
@@ -151,7 +151,7 @@ def score_sentences(
     resident tokens at the last column; other columns keep what they held.
     """
     score_tokens(geometry, pools, batch, work)
-    score_centroids(geometry, pools, batch, query, work)
+    score_summaries(geometry, pools, batch, query, work)
     heads, group = geometry.num_kv_heads, geometry.group_size
     _reduce_scores[(len(batch.num_pages), heads)](
         work.best,

@@ -8,9 +8,15 @@
 namespace sentencekv::cpu {
 
 enum class Dtype : int64_t { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
-enum class IndexKind : int32_t { kTokenBits = 0, kCentroid = 1, kRandom = 2 };
+enum class IndexKind : int32_t {
+  kTokenBits = 0,
+  kCentroid = 1,
+  kRandom = 2,
+  kBounds = 3,
+  kMeanStd = 4
+};
 enum class Reduce : int32_t { kSoftmaxMean = 0, kMax = 1, kMean = 2 };
-enum class Status : int32_t { kOk = 0, kUntouchedBlock = 1, kWorkingSetTooSmall = 2 };
+enum class Status : int32_t { kOk = 0, kUntouchedBlock = 1, kWorkingSetTooSmall = 2, kNoSpreads = 3 };
 
 // types.LayerPools. Blocks and pages may be further apart than their heads fill.
 struct Pools {
@@ -23,6 +29,7 @@ struct Pools {
   int32_t* page_slot;
   int32_t* slot_page;
   int32_t* slot_stamp;
+  uint16_t* spreads;     // null where rows have one vector
   int64_t block_stride;  // bytes from a block of `cache` to the next
   int64_t page_stride;   // bytes from a page of `host` to the next
   int64_t heads;
@@ -30,6 +37,9 @@ struct Pools {
   int64_t head_dim;
   Dtype dtype;
 
+  bool has_vectors(IndexKind kind) const {
+    return spreads || (kind != IndexKind::kBounds && kind != IndexKind::kMeanStd);
+  }
   int64_t head_block_bytes() const {
     return 2 * block_size * head_dim * (dtype == Dtype::kFloat32 ? 4 : 2);
   }

@@ -40,6 +40,10 @@ HeadResult decode_head(const Pools& pools, const Attention& attention, const Req
     clock[1] = now_ns();
     select_everything(request, scratch, result.coverage);
   } else {
+    if (!pools.has_vectors(request.kind)) {
+      result.status = Status::kNoSpreads;
+      return result;
+    }
     const Scored scored = score(isa, attention, pools, request, head, query, scratch);
     clock[1] = now_ns();
     result.status = select(pools, request, head, scored, scratch, result.coverage);

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // ops/index_pages.py and ops/index_sentences.py.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "args.hpp"
 #include "buffer.hpp"
@@ -62,29 +64,51 @@ extern "C" void sentencekv_cpu_index_pages(const Pools* pools, const Rotation* r
 }
 
 // key_offset: [N, D], element (t, d) of K, tokens first; others as ops/index_sentences.py.
-extern "C" void sentencekv_cpu_index_sentences(const Pools* pools, const int32_t* rows,
-                                               const int32_t* spans, const int32_t* span_blocks,
-                                               int64_t count, int64_t max_span_blocks,
-                                               const int32_t* key_offset) {
+extern "C" int32_t sentencekv_cpu_index_sentences(const Pools* pools, const int32_t* rows,
+                                                  const int32_t* spans, const int32_t* span_blocks,
+                                                  int64_t count, int64_t max_span_blocks,
+                                                  const int32_t* key_offset, IndexKind kind) {
+  if (!pools->has_vectors(kind)) return static_cast<int32_t>(Status::kNoSpreads);
   const int64_t heads = pools->heads, n = pools->block_size, dim = pools->head_dim;
   parallel_for(count * heads, [&](int64_t pair) {
     static thread_local Buffer<float> buffer;
     const int64_t i = pair / heads, head = pair % heads;
     const int64_t first = spans[2 * i], length = spans[2 * i + 1];
-    float* sum = buffer.reserve(dim);
-    std::fill(sum, sum + dim, 0.0f);
-    for (int64_t t = first; t < first + length; ++t) {
-      const int64_t block = span_blocks[i * max_span_blocks + t / n];
-      const int32_t* offset = key_offset + t % n * dim;
-      with_elements(pools->dtype, pools->cache_head(block, head), [&](const auto* elements) {
-        for (int64_t d = 0; d < dim; ++d) sum[d] += elements[offset[d]];
+    // Calls visit(d, x) with every channel of every key.
+    auto keys = [&](auto visit) {
+      for (int64_t t = first; t < first + length; ++t) {
+        const int64_t block = span_blocks[i * max_span_blocks + t / n];
+        const int32_t* offset = key_offset + t % n * dim;
+        with_elements(pools->dtype, pools->cache_head(block, head), [&](const auto* elements) {
+          for (int64_t d = 0; d < dim; ++d) visit(d, static_cast<float>(elements[offset[d]]));
+        });
+      }
+    };
+    float* centroid = buffer.reserve(2 * dim);
+    float* spread = centroid + dim;
+    if (kind == IndexKind::kBounds) {
+      std::fill(centroid, centroid + dim, std::numeric_limits<float>::infinity());
+      std::fill(spread, spread + dim, -std::numeric_limits<float>::infinity());
+      keys([&](int64_t d, float x) {
+        centroid[d] = std::min(centroid[d], x);
+        spread[d] = std::max(spread[d], x);
       });
+    } else {
+      std::fill(centroid, centroid + 2 * dim, 0.0f);
+      keys([&](int64_t d, float x) { centroid[d] += x; });
+      for (int64_t d = 0; d < dim; ++d) centroid[d] /= static_cast<float>(length);
+    }
+    if (kind == IndexKind::kMeanStd) {
+      keys([&](int64_t d, float x) { spread[d] += (x - centroid[d]) * (x - centroid[d]); });
+      for (int64_t d = 0; d < dim; ++d) spread[d] /= static_cast<float>(length);
     }
     const int64_t row = static_cast<int64_t>(rows[i]) * heads + head;
-    for (int64_t d = 0; d < dim; ++d)
-      pools->centroids[row * dim + d] = to_bfloat16(sum[d] / static_cast<float>(length));
+    for (int64_t d = 0; d < dim; ++d) pools->centroids[row * dim + d] = to_bfloat16(centroid[d]);
+    if (kind == IndexKind::kBounds || kind == IndexKind::kMeanStd)
+      for (int64_t d = 0; d < dim; ++d) pools->spreads[row * dim + d] = to_bfloat16(spread[d]);
     pools->kept[row] = 0;
   });
+  return static_cast<int32_t>(Status::kOk);
 }
 
 }  // namespace sentencekv::cpu

@@ -8,10 +8,10 @@
 #include <limits>
 
 #include "args.hpp"
-#include "centroids.hpp"
 #include "maths.hpp"
 #include "scratch.hpp"
 #include "simd.hpp"
+#include "summaries.hpp"
 #include "token_bits.hpp"
 #include "touched.hpp"
 
@@ -117,12 +117,9 @@ inline Scored score(Isa isa, const Attention& attention, const Pools& pools,
       factor[g] = attention.scale * scratch.query.steps.data()[g];
     if (softmax) num_resident = (request.num_pages - request.history_hi + request.history_lo) * n;
   } else {
-    float* plain = scratch.plain_query.reserve(group * dim);
     with_elements(attention.query_dtype, query, [&](const auto* elements) {
-      for (int64_t i = 0; i < group * dim; ++i) plain[i] = elements[i];
+      score_summaries(pools, request.kind, head, group, scored.touched, rows, elements, scratch);
     });
-    score_centroids(pools, head, group, scored.touched, rows, plain,
-                    scratch.best.reserve(group * count));
     std::fill(factor, factor + group, attention.scale);
   }
   float* best = scratch.best.data();

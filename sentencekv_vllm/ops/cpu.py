@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..types import Geometry, LayerPools, SparseBatch
+from ..types import Geometry, IndexKind, LayerPools, SparseBatch
 from . import cpu_args as args
 from .cpu_build import load_library
 from .layer_ops import DecodeOutputs
@@ -23,6 +23,7 @@ FAILURES = {
     "touched by a sentence of `sentence_ends`",
     2: "the working set is smaller than one step's selection: give each request at least "
     "`budget_blocks` private blocks",
+    3: "the index kind has two vectors a row: allocate `spreads` (index_vectors of 2)",
 }
 
 
@@ -57,6 +58,7 @@ class CpuOps:
             *[ctypes.c_void_p] * 4,
             *[ctypes.c_int64] * 2,
             ctypes.c_void_p,
+            ctypes.c_int32,
         ]
         self._hadamard_signs = library.sentencekv_cpu_hadamard_signs
         self._hadamard_signs.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
@@ -104,10 +106,11 @@ class CpuOps:
         spans: Tensor,
         span_blocks: Tensor,
         key_offset: Tensor,
+        kind: IndexKind = IndexKind.CENTROID,
     ) -> None:
         bound = self._pools(pools)
         count = len(rows)
-        self._index_sentences(
+        status = self._index_sentences(
             ctypes.byref(bound),
             args.check("rows", rows, torch.int32, (count,)),
             args.check("spans", spans, torch.int32, (count, 2)),
@@ -115,7 +118,10 @@ class CpuOps:
             count,
             span_blocks.shape[1],
             args.check("key_offset", key_offset, torch.int32, (bound.block_size * bound.head_dim,)),
+            kind,
         )
+        if status:
+            raise RuntimeError(FAILURES[status])
 
     def decode_layer(
         self,

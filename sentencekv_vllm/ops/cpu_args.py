@@ -42,7 +42,7 @@ def _fields(ctype: type, *names: str) -> list[tuple[str, type]]:
 class Pools(ctypes.Structure):
     _fields_ = [
         *_fields(ctypes.c_void_p, "cache", "host", "bits", "scales", "centroids", "kept"),
-        *_fields(ctypes.c_void_p, "page_slot", "slot_page", "slot_stamp"),
+        *_fields(ctypes.c_void_p, "page_slot", "slot_page", "slot_stamp", "spreads"),
         *_fields(ctypes.c_int64, "block_stride", "page_stride"),
         *_fields(ctypes.c_int64, "heads", "block_size", "head_dim", "dtype"),
     ]
@@ -110,6 +110,9 @@ def bind_pools(pools: LayerPools) -> Pools:
         page_slot=check("page_slot", pools.page_slot, torch.int32, (num_pages, heads)),
         slot_page=check("slot_page", pools.slot_page, torch.int32, (blocks, heads)),
         slot_stamp=check("slot_stamp", pools.slot_stamp, torch.int32, (blocks, heads)),
+        spreads=None
+        if pools.spreads is None
+        else check("spreads", pools.spreads, torch.bfloat16, tuple(pools.centroids.shape)),
         block_stride=pools.cache.stride(0) * pools.cache.element_size(),
         page_stride=pools.host.stride(0) * pools.host.element_size(),
         heads=heads,

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..types import Geometry, LayerPools, SparseBatch
+from ..types import Geometry, IndexKind, LayerPools, SparseBatch
 from .index_pages import index_pages
 from .index_sentences import index_sentences
 from .resolve_residency import resolve_residency
@@ -52,6 +52,7 @@ class LayerOps(Protocol):
         spans: Tensor,
         span_blocks: Tensor,
         key_offset: Tensor,
+        kind: IndexKind = IndexKind.CENTROID,
     ) -> None:
         """See `ops.index_sentences.index_sentences`."""
 

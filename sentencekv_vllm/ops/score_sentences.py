@@ -12,6 +12,8 @@ from ..types import Geometry, IndexKind, LayerPools, Reduce, SparseBatch
 from .pack_keys import unpack_signs
 from .quantize_query import quantize_query
 
+STD_FACTOR = 2.0  # standard deviations that MEAN_STD adds
+
 
 def random_score(seed: int, step: int, head: int, sentence: int) -> float:
     """A hash in [0, 1) (the 32-bit finaliser of MurmurHash3), equal on every platform."""
@@ -28,6 +30,18 @@ def sentence_rows(batch: SparseBatch, s: int, rows_per_page: int) -> Tensor:
     return pages * rows_per_page + i % rows_per_page
 
 
+def _products(pools: LayerPools, rows: Tensor, query: Tensor, kind: int) -> Tensor:
+    """Queries [H, G, D] against the summaries of sentences: [H, G, len(rows)]."""
+    centroids = pools.centroids[rows].float().permute(1, 2, 0)  # [H, D, rows]
+    if kind == IndexKind.CENTROID:
+        return query @ centroids
+    assert pools.spreads is not None, "index_vectors is 2"
+    spreads = pools.spreads[rows].float().permute(1, 2, 0)
+    if kind == IndexKind.BOUNDS:  # a negative channel is largest at the minimum
+        return query.clamp(max=0) @ centroids + query.clamp(min=0) @ spreads
+    return query @ centroids + STD_FACTOR * (query.square() @ spreads).sqrt()
+
+
 def score_sentences(
     geometry: Geometry,
     pools: LayerPools,
@@ -40,7 +54,9 @@ def score_sentences(
     Logits of query head g (times the softmax scale):
       TOKEN_BITS: the largest estimate `step_g * scale_t * <levels_g, signs_t>` over the
         sentence's tokens *inside the history*;
-      CENTROID: `<query_g, centroid>`, the centroid being that of the whole sentence.
+      CENTROID: `<query_g, centroid>`, the centroid being that of the whole sentence;
+      BOUNDS: `sum_d max(q_d * min_d, q_d * max_d)`, no smaller than any of its tokens' logits;
+      MEAN_STD: `<q, mean> + 2 sqrt(<q^2, variance>)`.
     Reduction over the group:
       SOFTMAX_MEAN: log of the mean over g of exp(logit - Z_g), Z_g the log-sum-exp of the
         head's sentence logits and, for TOKEN_BITS, of the token estimates of indexed
@@ -88,8 +104,7 @@ def score_sentences(
             resident = torch.cat((logits[..., :lo], logits[..., hi:]), -1)
         else:
             rows = sentence_rows(batch, s, geometry.rows_per_page)[torch.tensor(touches)]
-            centroids = pools.centroids[rows].float().transpose(0, 1)  # [H, touched, D]
-            sentence = geometry.scale * (grouped[s].float() @ centroids.transpose(1, 2))
+            sentence = geometry.scale * _products(pools, rows, grouped[s].float(), kind)
         if reduce == Reduce.SOFTMAX_MEAN:
             z = torch.cat((sentence, resident), -1).logsumexp(-1, keepdim=True)
             # In the log domain, so that sentences too unlikely for a float still have a rank.

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every policy by the name that the user types."""
 
-from .base import Query, SelectionPolicy
+from .base import Grouping, Query, SelectionPolicy
 from .full import FULL
+from .mean_std import MEAN_STD
+from .quest import QUEST
 from .random import RANDOM
 from .sentence_kv import SENTENCE_KV
 from .sentence_kv_paper import SENTENCE_KV_PAPER
@@ -11,9 +13,11 @@ from .streaming import STREAMING
 POLICIES: dict[str, SelectionPolicy] = {
     "sentencekv": SENTENCE_KV,
     "sentencekv-paper": SENTENCE_KV_PAPER,
+    "quest": QUEST,
+    "mean-std": MEAN_STD,
     "full": FULL,
     "streaming": STREAMING,
     "random": RANDOM,
 }
 
-__all__ = ["POLICIES", "Query", "SelectionPolicy"]
+__all__ = ["POLICIES", "Grouping", "Query", "SelectionPolicy"]

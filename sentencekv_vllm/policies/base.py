@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a policy is: which evidence ranks the sentences of the history."""
+"""What a policy is: which evidence ranks which groups of the history's tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 
 from ..types import IndexKind, Reduce
 
+Grouping = Literal["sentences", "blocks"]
 Query = Literal["current", "running_mean"]
 
 
@@ -17,12 +18,14 @@ class SelectionPolicy:
 
     Attributes:
         name: what the user types.
-        index: what a sentence is scored by; None where nothing is ranked.
+        index: what a group is scored by; None where nothing is ranked.
+        grouping: a group is a `sentences` entry of the segmenter, or one of the KV `blocks`,
+            for which no segmenter runs. What is said of sentences elsewhere holds for both.
         query: `current` ranks by the query of the token being decoded, `running_mean` by the
-            mean query of the sentence being written.
+            mean query of the group being written.
         reduce: how a GQA group's scores become one per KV head.
         retention: bonus, in log-probability where `reduce` is SOFTMAX_MEAN and in units of
-            the logits otherwise, for sentences that the step before selected.
+            the logits otherwise, for groups that the step before selected.
         selects: history blocks are ranked, and attended to within the token budget.
         keeps_all: the whole history is attended to, whatever the budget.
     """
@@ -34,3 +37,4 @@ class SelectionPolicy:
     retention: float = 0.0
     selects: bool = True
     keeps_all: bool = False
+    grouping: Grouping = "sentences"

@@ -217,6 +217,8 @@ class Ledger:
     # Internals --------------------------------------------------------------------------
 
     def _segmented(self, state: RequestState) -> bool:
+        if state.block_groups:
+            return True
         if state.segmentation == "none":
             prompt = state.tokens(0, state.request.num_prompt_tokens)
             self.segmentation.submit(state.request_id, prompt)
@@ -234,10 +236,7 @@ class Ledger:
         count = min(processed // n - first, self._copy_quota)
         if count <= 0:
             return
-        if processed > state.sealed_tokens:  # generated tokens
-            sealed = state.sealed_tokens
-            tail = self.segmentation.split_tail(state.tokens(sealed, processed), final=False)
-            state.ends = np.concatenate((state.ends, tail + np.int32(sealed)))
+        self._seal(state, processed)
         m = self.limits.rows_per_page
         rows_short = (
             state.sentences_within((first + count) * n) - (len(memory.row_pages) + count) * m
@@ -253,6 +252,17 @@ class Ledger:
         memory.pages += taken[:count]
         memory.row_pages += taken
         state.unsent.block_ids += [b.block_id for b in blocks[first : first + count]]
+
+    def _seal(self, state: RequestState, processed: int) -> None:
+        """End the groups that tokens without one have completed."""
+        sealed, n = state.sealed_tokens, self.limits.block_size
+        if processed <= sealed:
+            return
+        if state.block_groups:
+            tail = np.arange(n, processed - sealed + 1, n, np.int32)
+        else:  # generated tokens
+            tail = self.segmentation.split_tail(state.tokens(sealed, processed), final=False)
+        state.ends = np.concatenate((state.ends, tail + np.int32(sealed)))
 
     def _take_pages(self, memory: Memory, count: int) -> list[int] | None:
         taken = self.pages.take(max(0, count - len(memory.reserved)))
@@ -389,4 +399,6 @@ class Ledger:
             return False
         if not state.memory.decoded_sparse:
             return True
+        if state.block_groups:
+            return computed % self.limits.block_size == 0
         return self.segmentation.is_boundary(int(state.tokens(computed - 1, computed)[0]))

@@ -78,6 +78,10 @@ class RequestState:
     reports: int = 0
 
     @property
+    def block_groups(self) -> bool:
+        return self.options is not None and self.options.block_groups
+
+    @property
     def sealed_tokens(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 

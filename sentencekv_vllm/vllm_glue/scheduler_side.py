@@ -131,6 +131,7 @@ class SchedulerSide:
             running_mean_query=policy.query == "running_mean",
             budget_blocks=wanted.budget_blocks,
             seed=(params.seed or 0) % 2**31 if params is not None else 0,
+            block_groups=policy.grouping == "blocks",
         )
         return Reason.SHORT_CONTEXT, options, policy.keeps_all
 

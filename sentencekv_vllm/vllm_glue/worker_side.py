@@ -46,6 +46,7 @@ def build_runtime(
         block_size=block_size,
         rows_per_page=resolved.rows_per_page,
         scale=layer.impl.scale,
+        vectors_per_row=resolved.index_vectors,
     )
     try:
         runtime = Runtime(

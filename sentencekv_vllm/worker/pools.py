@@ -47,6 +47,9 @@ class Pools:
         self.bits = on_device((pages, heads, d // 8, n), torch.uint8)
         self.scales = on_device((pages, heads, n), torch.bfloat16)
         self.centroids = on_device((rows, heads, d), torch.bfloat16)
+        self.spreads = (
+            on_device((rows, heads, d), torch.bfloat16) if g.vectors_per_row == 2 else None
+        )
         self.kept = on_device((rows, heads), torch.uint8).zero_()
         self.page_slot = on_device((pages, heads), torch.int32).fill_(-1)
         self.slot_page = on_device((blocks, heads), torch.int32).fill_(-1)
@@ -62,6 +65,7 @@ class Pools:
                 page_slot=self.page_slot[i],
                 slot_page=self.slot_page[i],
                 slot_stamp=self.slot_stamp[i],
+                spreads=None if self.spreads is None else self.spreads[i],
             )
             for i in range(layers)
         ]
@@ -72,7 +76,9 @@ class Pools:
 
     @property
     def index_bytes(self) -> int:
-        return self.bits.nbytes + self.scales.nbytes + self.centroids.nbytes + self.kept.nbytes
+        spreads = 0 if self.spreads is None else self.spreads.nbytes
+        vectors = self.centroids.nbytes + spreads
+        return self.bits.nbytes + self.scales.nbytes + vectors + self.kept.nbytes
 
     @property
     def page_bytes(self) -> int:

@@ -119,9 +119,11 @@ class Runtime:
                     self.ops.index_pages(
                         pools, block_ids, page_ids, self._key_offset, self.rotation
                     )
-                for i in range(0, len(spans), 3):
-                    rows, ranges, span_blocks = spans[i : i + 3]
-                    self.ops.index_sentences(pools, rows, ranges, span_blocks, self._key_offset)
+                for i, s in enumerate(sentences):
+                    rows, ranges, span_blocks = spans[3 * i : 3 * i + 3]
+                    self.ops.index_sentences(
+                        pools, rows, ranges, span_blocks, self._key_offset, s.kind
+                    )
         self.counters["swap_out_bytes"] += len(blocks) * self.pools.page_bytes
         if self.device.type == "cpu":  # elsewhere the host's clock says nothing
             self.counters["offload_ns"] += time.perf_counter_ns() - started

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..messages import Int32s, RequestUpdate, SparseRows
-from ..types import SparseBatch
+from ..types import IndexKind, SparseBatch
 from .transfer import upload
 
 CPU = torch.device("cpu")
@@ -23,6 +23,7 @@ class NewSentences:
     rows: Int32s  # [n]
     spans: Int32s  # [n, 2]
     span_blocks: Int32s  # [n, C]
+    kind: IndexKind
 
 
 class GrowingTable:
@@ -119,7 +120,10 @@ class Tables:
         )
         spans = np.stack((starts - first_block * n, stops - starts), 1)
         return NewSentences(
-            rows.astype(np.int32), spans.astype(np.int32), span_blocks.astype(np.int32)
+            rows.astype(np.int32),
+            spans.astype(np.int32),
+            span_blocks.astype(np.int32),
+            IndexKind(self.options["index_kind"][slot]),
         )
 
     def batch(self, rows: SparseRows, step: int) -> SparseBatch:

@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inner products of the queries with sentence centroids."""
+"""Products of the queries with the summaries of sentences."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.score_sentences import STD_FACTOR
 from ..types import Geometry, IndexKind, LayerPools, SparseBatch
 from .locate_sentences import overlaps, sentence_row, sentence_span
 from .ordered import to_ordered
 from .workspace import Workspace
 
 CENTROID = tl.constexpr(int(IndexKind.CENTROID))
+BOUNDS = tl.constexpr(int(IndexKind.BOUNDS))
+MEAN_STD = tl.constexpr(int(IndexKind.MEAN_STD))
+FACTOR = tl.constexpr(STD_FACTOR)
 TILE = 64  # sentences a program scores
 
 
 @triton.jit
-def _score_centroids(
+def _score_summaries(
     centroids,
+    spreads,
     query,
     row_pages,
     ends,
@@ -36,32 +41,41 @@ def _score_centroids(
     K_STEP: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
+    VECTORS: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     s = tl.program_id(1)
     h = tl.program_id(2)
     count = tl.load(num_sentences + s)
-    if tl.load(index_kind + s) != CENTROID or tl.program_id(0) * TILE >= count:
+    kind = tl.load(index_kind + s)
+    has_spread = (kind == BOUNDS) | (kind == MEAN_STD)
+    if tl.program_id(0) * TILE >= count or not (has_spread | (kind == CENTROID)):
         return
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     start, end = sentence_span(ends + s.to(tl.int64) * ends_stride, i, i < count)
     touches = overlaps(start, end, tl.load(history_lo + s) * N, tl.load(history_hi + s) * N)
+    paired = touches & (i < tl.where(has_spread, count, 0))
     row = sentence_row(row_pages + s.to(tl.int64) * row_pages_stride, i, touches, M)
     head = s.to(tl.int64) * H + h
     g = tl.arange(0, G_PAD)
     dots = tl.zeros((TILE, G_PAD), tl.float32)
+    extra = tl.zeros((TILE, G_PAD), tl.float32)
     for k in range(0, D, K_STEP):
         d = k + tl.arange(0, K_STEP)
-        mean = tl.load(
-            centroids + ((row * H + h) * D)[:, None] + d[None, :],
-            mask=touches[:, None],
-            other=0.0,
-        )
+        entry = ((row * H + h) * D)[:, None] + d[None, :]
+        centroid = tl.load(centroids + entry, mask=touches[:, None], other=0.0).to(tl.float32)
         q = tl.load(
             query + (head * G + g)[None, :] * D + d[:, None], mask=(g < G)[None, :], other=0.0
-        )
-        dots = tl.dot(mean.to(tl.float32), q.to(tl.float32), dots, input_precision=PRECISION)
+        ).to(tl.float32)
+        if VECTORS == 2:
+            spread = tl.load(spreads + entry, mask=paired[:, None], other=0.0).to(tl.float32)
+            side = tl.where(kind == BOUNDS, tl.maximum(q, 0.0), q * q)
+            q = tl.where(kind == BOUNDS, tl.minimum(q, 0.0), q)
+            extra = tl.dot(spread, side, extra, input_precision="tf32x3")  # squares are long
+        dots = tl.dot(centroid, q, dots, input_precision=PRECISION)
+    if VECTORS == 2:
+        dots += tl.where(kind == MEAN_STD, FACTOR * tl.sqrt(tl.maximum(extra, 0.0)), extra)
     tl.store(
         best + (head * G + g)[None, :] * max_sentences + i[:, None],
         to_ordered(scale * dots),
@@ -69,18 +83,19 @@ def _score_centroids(
     )
 
 
-def score_centroids(
+def score_summaries(
     geometry: Geometry, pools: LayerPools, batch: SparseBatch, query: Tensor, work: Workspace
 ) -> None:
-    """Write the logits of CENTROID requests to `work.best`.
+    """Write the logits of CENTROID, BOUNDS and MEAN_STD requests to `work.best`.
 
     Args:
         query: [S, H * G, D] contiguous, any float dtype.
     """
     requests, max_sentences = batch.sentence_ends.shape
     heads, group = geometry.num_kv_heads, geometry.group_size
-    _score_centroids[(triton.cdiv(max_sentences, TILE), requests, heads)](
+    _score_summaries[(triton.cdiv(max_sentences, TILE), requests, heads)](
         pools.centroids,
+        pools.centroids if pools.spreads is None else pools.spreads,
         query,
         batch.row_pages,
         batch.sentence_ends,
@@ -100,6 +115,7 @@ def score_centroids(
         K_STEP=16,
         N=geometry.block_size,
         M=geometry.rows_per_page,
+        VECTORS=1 if pools.spreads is None else 2,
         TILE=TILE,
         # Products of 16-bit floats are exact in tf32.
         PRECISION="tf32" if query.element_size() == 2 else "tf32x3",
