@@ -58,6 +58,9 @@ def test_nothing_typed_means_the_defaults():
             {"min_sentence_tokens": 80},
             ["max_sentence_tokens 64", "min_sentence_tokens 80", "raise it to 160"],
         ),
+        ({"grouping": "block"}, ["grouping", "did you mean 'blocks'?"]),
+        ({"index_vectors": 3}, ["index_vectors", "at most 2", "got 3"]),
+        ({"index_vectors": 1, "policy": "quest"}, ["'bounds'", "2 vectors", "set it to 2"]),
         ({"policy": "full", "retention": 1.0}, ["'full'", "retention", "remove it"]),
         (
             {"policy": "streaming", "index": "centroid", "query": "current"},
@@ -89,8 +92,9 @@ def test_an_int_is_accepted_where_a_float_is_wanted():
 
 
 def test_overrides_replace_the_policys_parts_and_nothing_else():
-    config = SentenceKVConfig(index="centroid", head_reduce="max", retention=0.0)
+    config = SentenceKVConfig(index="centroid", grouping="blocks", head_reduce="max", retention=0.0)
     policy = config.selection_policy
+    assert policy.grouping == "blocks"
     assert (policy.index, policy.reduce, policy.retention) == (IndexKind.CENTROID, Reduce.MAX, 0.0)
     assert (policy.name, policy.query) == ("sentencekv", POLICIES["sentencekv"].query)
 
@@ -104,7 +108,7 @@ def test_every_preset_is_valid_and_fits_an_8b_model(name):
 def test_the_default_preset_spells_out_the_defaults():
     assert load_preset("default") == SentenceKVConfig()
     written = yaml.safe_load(preset_path("default").read_text())["additional-config"]["sentencekv"]
-    policys_own = {"index", "query", "head_reduce", "retention"}
+    policys_own = {"index", "grouping", "query", "head_reduce", "retention"}
     assert set(written) == {f.name for f in fields(SentenceKVConfig)} - policys_own
 
 
@@ -149,9 +153,27 @@ def test_the_pool_never_exceeds_what_was_given(gib, block_size):
     assert 0 <= gib * GIB - resolved.host_pool_bytes < resolved.page_bytes + 1
 
 
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_every_policy_has_a_preset_of_its_name(name):
+    assert load_preset(name).selection_policy == POLICIES[name]
+
+
+def test_room_for_two_vectors_is_made_where_it_is_needed_or_asked_for():
+    default, quest = sizes(), sizes(policy="quest")
+    assert (default.index_vectors, quest.index_vectors) == (1, 2)
+    assert sizes(policy="streaming").index_vectors == 1
+    assert sizes(index_vectors=2).index_bytes == quest.index_bytes
+    head_blocks = MODEL["num_layers"] * MODEL["num_kv_heads"]
+    vector = 2 * MODEL["head_dim"] * default.rows_per_page * head_blocks
+    assert quest.index_page_bytes - default.index_page_bytes == vector
+
+
+@pytest.mark.parametrize("index_vectors", [1, 2])
 @pytest.mark.parametrize("block_size", [16, 32, 128])
-def test_announced_bytes_are_the_bytes_allocated(block_size):
-    resolved = sizes(block_size, host_pool_gib=0.01, min_context_tokens=256)
+def test_announced_bytes_are_the_bytes_allocated(block_size, index_vectors):
+    resolved = sizes(
+        block_size, host_pool_gib=0.01, min_context_tokens=256, index_vectors=index_vectors
+    )
     geometry = Geometry(
         num_layers=4,
         num_kv_heads=2,
@@ -160,6 +182,7 @@ def test_announced_bytes_are_the_bytes_allocated(block_size):
         block_size=block_size,
         rows_per_page=resolved.rows_per_page,
         scale=0.125,
+        vectors_per_row=resolved.index_vectors,
     )
     caches = [torch.empty(3, 2, block_size, 128, dtype=torch.bfloat16) for _ in range(4)]
     pools = Pools(geometry, resolved.num_pages, caches)

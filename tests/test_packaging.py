@@ -103,7 +103,7 @@ def test_a_wheel_holds_every_source_and_data_file(wheel):
     names = set(wheel.namelist())
     for folder, pattern, target in (
         ("triton_kernels", "*.py", "sentencekv_vllm/triton_kernels"),
-        ("configs", "*.yaml", "sentencekv_vllm/configs"),
+        ("configs", "**/*.yaml", "sentencekv_vllm/configs"),
         ("csrc", "**/*.[ch]*", "sentencekv_vllm/csrc"),
         ("sentencekv_vllm", "**/*.py", "sentencekv_vllm"),
         ("sentencekv_vllm", "assets/tiny-recall/*", "sentencekv_vllm"),

@@ -43,7 +43,7 @@ def test_a_request_can_be_switched_off():
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_every_policy_can_be_asked_for(name):
-    resolved = server()
+    resolved = server(index_vectors=2)
     options = RequestOptions.parse({"sentencekv_policy": name}, resolved)
     assert options.policy == POLICIES[name]
     expected = {"full": resolved.working_set_blocks, "streaming": 0}
@@ -59,13 +59,14 @@ def test_naming_the_servers_policy_keeps_its_overrides():
 def test_the_ranking_can_be_taken_apart():
     extra = {
         "sentencekv_index": "centroid",
+        "sentencekv_grouping": "blocks",
         "sentencekv_query": "running_mean",
         "sentencekv_head_reduce": "max",
         "sentencekv_retention": 0,
     }
     policy = RequestOptions.parse(extra, server()).policy
-    found = (policy.index, policy.query, policy.reduce, policy.retention)
-    assert found == (IndexKind.CENTROID, "running_mean", Reduce.MAX, 0.0)
+    found = (policy.index, policy.grouping, policy.query, policy.reduce, policy.retention)
+    assert found == (IndexKind.CENTROID, "blocks", "running_mean", Reduce.MAX, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,9 @@ def test_the_ranking_can_be_taken_apart():
         ({"sentencekv_token_budget": True}, ["whole number", "True"]),
         ({"sentencekv_token_budget": "-1"}, ["whole number", "'-1'"]),
         ({"sentencekv_token_budget": 191}, ["191", "smallest budget is 192"]),
+        ({"sentencekv_policy": "quest"}, ["'quest'", "2 vectors", "index_vectors of 2"]),
+        ({"sentencekv_index": "mean_std"}, ["'mean_std'", "index_vectors of 2"]),
+        ({"sentencekv_grouping": "page"}, ["sentencekv_grouping", "sentences, blocks"]),
         ({"sentencekv_index": "centroids"}, ["did you mean 'centroid'?"]),
         ({"sentencekv_retention": "5"}, ["sentencekv_retention", "number", "'5'"]),
         ({"sentencekv_retention": float("inf")}, ["sentencekv_retention", "inf"]),

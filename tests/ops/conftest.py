@@ -100,6 +100,7 @@ def make_case(
     host = normal(num_pages, heads, block_size, 2 * head_dim)
     bits, scales = pack_keys(host[..., :head_dim], turn)
     centroids = normal(num_pages * m, heads, head_dim).to(torch.bfloat16)
+    spreads = normal(num_pages * m, heads, head_dim).abs().to(torch.bfloat16)
     order = torch.randperm(num_pages, generator=generator).int()
     pages = torch.zeros(len(rows), max_pages, dtype=torch.int32)
     row_pages = torch.zeros(len(rows), -(-max_sentences // m), dtype=torch.int32)
@@ -112,7 +113,8 @@ def make_case(
         sentence_ends[s, : len(ends[s])] = torch.tensor(ends[s], dtype=torch.int32)
         used += count
     scales[order[used:]] = float("nan")
-    centroids.unflatten(0, (num_pages, m))[order[used:]] = float("nan")
+    for vectors in (centroids, spreads):
+        vectors.unflatten(0, (num_pages, m))[order[used:]] = float("nan")
     lo = [min(row.sinks, count) for row, count in zip(rows, counts, strict=True)]
     hi = [
         max(start, count - row.recent) for row, count, start in zip(rows, counts, lo, strict=True)
@@ -149,6 +151,7 @@ def make_case(
         page_slot=torch.full((num_pages, heads), -1, dtype=torch.int32),
         slot_page=torch.full((num_blocks, heads), -1, dtype=torch.int32),
         slot_stamp=torch.full((num_blocks, heads), -1, dtype=torch.int32),
+        spreads=spreads,
     )
     return Case(geometry, pools, batch, normal(len(rows), heads * group, head_dim), turn)
 

@@ -114,6 +114,7 @@ def make_pools(case: Case, num_pages: int, num_blocks: int, rows_per_page: int) 
         page_slot=torch.full((num_pages, h), -1, dtype=torch.int32),
         slot_page=torch.full((num_blocks, h), -1, dtype=torch.int32),
         slot_stamp=torch.full((num_blocks, h), -1, dtype=torch.int32),
+        spreads=torch.full((num_pages * rows_per_page, h, d), nan, dtype=torch.bfloat16),
     )
 
 
@@ -170,7 +171,8 @@ def build(case: Case) -> Layer:
         i = torch.arange(len(ends[s]))
         sentence_rows = rows[s].long()[i // rows_per_page] * rows_per_page + i % rows_per_page
         spans = torch.stack((starts % n, ends[s] - starts), 1)
-        index_sentences(pools, sentence_rows.int(), spans, span_blocks, key_offset)
+        kind = case.rows[s].kind
+        index_sentences(pools, sentence_rows.int(), spans, span_blocks, key_offset, kind)
         pools.cache[source.long()] = float("nan")  # freed: only the pages hold it now
 
     batch = SparseBatch(

@@ -22,7 +22,7 @@ from .layer_cases import UNWRITTEN, Case, Layer, Row, build, copy_pools, same_by
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 TIE = 1e-5  # relative; scores as near as this may rank either way
-KINDS = (IndexKind.TOKEN_BITS, IndexKind.CENTROID)
+KINDS = (IndexKind.TOKEN_BITS, IndexKind.CENTROID, IndexKind.BOUNDS, IndexKind.MEAN_STD)
 EVERY_KIND = tuple(
     Row(tokens, budget, kind, reduce, retention)
     for tokens, budget, kind, reduce, retention in (
@@ -32,6 +32,8 @@ EVERY_KIND = tuple(
         (640, 3, IndexKind.RANDOM, Reduce.MEAN, 1.0),
         (97, 1, IndexKind.CENTROID, Reduce.SOFTMAX_MEAN, 0.5),
         (63, 2, IndexKind.TOKEN_BITS, Reduce.MEAN, 0.0),
+        (577, 5, IndexKind.BOUNDS, Reduce.MEAN, 0.0),
+        (900, 4, IndexKind.MEAN_STD, Reduce.SOFTMAX_MEAN, 5.0),
     )
 )
 CASES = {
@@ -236,6 +238,17 @@ def test_small_working_set_is_an_error(ops: CpuOps) -> None:
         ops.decode_layer(
             layer.geometry, layer.pools, batch, layer.query(0), layer.rotation, layer.outputs()
         )
+
+
+@pytest.mark.parametrize("kind", [IndexKind.BOUNDS, IndexKind.MEAN_STD])
+def test_two_vectors_without_room_are_an_error(ops: CpuOps, kind: IndexKind) -> None:
+    layer = build(Case((Row(kind=kind),)))
+    pools = replace(layer.pools, spreads=None)
+    with pytest.raises(RuntimeError, match="index_vectors of 2"):
+        run(ops, layer, pools, layer.query(0), 1)
+    none = torch.empty(0, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="index_vectors of 2"):
+        ops.index_sentences(pools, none, none.view(0, 2), none.view(0, 1), layer.key_offset, kind)
 
 
 def test_history_without_sentences_is_an_error(ops: CpuOps) -> None:

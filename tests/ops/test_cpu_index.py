@@ -15,7 +15,7 @@ from sentencekv_vllm.ops.index_sentences import index_sentences
 from sentencekv_vllm.ops.load import load_layer_ops
 from sentencekv_vllm.ops.pack_keys import unpack_signs
 from sentencekv_vllm.ops.rotation import rotation
-from sentencekv_vllm.types import LayerPools
+from sentencekv_vllm.types import IndexKind, LayerPools
 
 from .layer_cases import Case, copy_pools, make_pools, same_bytes
 
@@ -98,8 +98,9 @@ def test_any_rotation_is_followed(ops: CpuOps) -> None:
     assert float((mine.bits[4] != pools.bits[4]).double().mean()) < 0.001
 
 
+@pytest.mark.parametrize("kind", [IndexKind.CENTROID, IndexKind.BOUNDS, IndexKind.MEAN_STD])
 @pytest.mark.parametrize("case", SHAPES, ids=lambda c: f"D{c.dim}-N{c.block}-{c.dtype}")
-def test_index_sentences(ops: CpuOps, case: Case) -> None:
+def test_index_sentences(ops: CpuOps, case: Case, kind: IndexKind) -> None:
     pools, key_offset = filled(case)
     mine = copy_pools(pools)
     n = case.block
@@ -107,10 +108,11 @@ def test_index_sentences(ops: CpuOps, case: Case) -> None:
     spans = int32((0, 1), (n - 1, 2), (3, n - 3), (n // 2, 2 * n))
     span_blocks = int32((5, -1, -1), (6, 0, -1), (2, -1, -1), (1, 4, 3))
     for index, target in ((index_sentences, pools), (ops.index_sentences, mine)):
-        index(target, rows, spans, span_blocks, key_offset)
-    torch.testing.assert_close(
-        mine.centroids, pools.centroids, rtol=BFLOAT16_STEP, atol=1e-6, equal_nan=True
-    )
+        index(target, rows, spans, span_blocks, key_offset, kind)
+    for name in ("centroids", "spreads"):
+        torch.testing.assert_close(
+            getattr(mine, name), getattr(pools, name), rtol=BFLOAT16_STEP, atol=1e-6, equal_nan=True
+        )
     assert torch.equal(mine.kept, pools.kept)
     assert int((mine.kept == 0).sum()) == len(rows) * case.heads
 

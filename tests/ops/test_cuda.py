@@ -57,7 +57,7 @@ class World:
     batch: SparseBatch
 
     def copy(self) -> World:
-        pools = {k: v.clone() for k, v in vars(self.pools).items()}
+        pools = {k: v.clone() for k, v in vars(self.pools).items() if v is not None}
         return World(LayerPools(**pools), self.batch)
 
 

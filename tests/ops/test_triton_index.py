@@ -6,6 +6,7 @@ import torch
 
 from sentencekv_vllm.ops.index_pages import index_pages as index_pages_reference
 from sentencekv_vllm.ops.index_sentences import index_sentences as index_sentences_reference
+from sentencekv_vllm.types import IndexKind
 
 SHAPES = [(64, 16), (80, 48), (96, 64), (128, 32), (256, 16)]
 
@@ -55,8 +56,9 @@ def test_pages_are_byte_copies_with_the_bits_of_their_keys(
     assert torch.equal(result.bits[untouched], expected.bits[untouched])
 
 
+@pytest.mark.parametrize("kind", [IndexKind.CENTROID, IndexKind.BOUNDS, IndexKind.MEAN_STD])
 @pytest.mark.parametrize(("head_dim", "block_size"), SHAPES)
-def test_centroids_are_mean_keys_across_blocks(build, kernels, head_dim, block_size):
+def test_summaries_are_those_of_keys_across_blocks(build, kernels, head_dim, block_size, kind):
     from sentencekv_vllm.triton_kernels.index_sentences import index_sentences
 
     case = build(build.row(tokens=4 * block_size), head_dim=head_dim, block_size=block_size)
@@ -69,11 +71,14 @@ def test_centroids_are_mean_keys_across_blocks(build, kernels, head_dim, block_s
         [[4, -1, -1, -1], [9, 1, -1, -1], [2, 6, 5, 11], [3, -1, -1, -1]], dtype=torch.int32
     )
     expected, actual = case.to("cpu").pools, case.to(kernels).pools
-    index_sentences_reference(expected, rows, spans, touched, plain_offsets(head_dim, block_size))
-    index_sentences(actual, rows.to(kernels), spans.to(kernels), touched.to(kernels))
-    torch.testing.assert_close(
-        actual.centroids.cpu(), expected.centroids, rtol=2**-7, atol=1e-6, equal_nan=True
-    )
+    offsets = plain_offsets(head_dim, block_size)
+    index_sentences_reference(expected, rows, spans, touched, offsets, kind)
+    index_sentences(actual, rows.to(kernels), spans.to(kernels), touched.to(kernels), kind)
+    for name in ("centroids", "spreads"):
+        result = getattr(actual, name).cpu()
+        torch.testing.assert_close(
+            result, getattr(expected, name), rtol=2**-7, atol=1e-6, equal_nan=True
+        )
     assert torch.equal(actual.kept.cpu(), expected.kept)
 
 

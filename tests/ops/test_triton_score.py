@@ -76,7 +76,7 @@ def test_quantised_queries_are_the_nearest_levels(
 def test_every_kind_and_reduction_in_one_batch(build, kernels, workspace, group):
     rows = [
         build.row(kind=kind, reduce=reduce, retention=retention, tokens=tokens)
-        for (kind, tokens) in zip(IndexKind, (577, 300, 200), strict=True)
+        for (kind, tokens) in zip(IndexKind, (577, 300, 200, 400, 250), strict=True)
         for (reduce, retention) in zip(Reduce, (5.0, 0.0, 0.25), strict=True)
     ]
     case = build(*rows, build.row(tokens=0), head_dim=64, group=group, seed=group)
@@ -87,9 +87,7 @@ def test_every_kind_and_reduction_in_one_batch(build, kernels, workspace, group)
 
 @pytest.mark.parametrize(("head_dim", "block_size"), [(80, 16), (96, 48), (128, 128), (256, 32)])
 def test_head_dims_and_block_sizes(build, kernels, workspace, head_dim, block_size):
-    rows = [
-        build.row(kind=kind, tokens=2000) for kind in (IndexKind.TOKEN_BITS, IndexKind.CENTROID)
-    ]
+    rows = [build.row(kind=kind, tokens=2000) for kind in IndexKind]
     case = build(*rows, head_dim=head_dim, block_size=block_size)
     work = workspace(case, kernels)
     run(case.to(kernels), work)

@@ -26,7 +26,7 @@ from sentencekv_vllm.ops.layer_ops import DecodeOutputs
 from sentencekv_vllm.triton_kernels.layer_ops import TritonOps
 from sentencekv_vllm.triton_kernels.sparse_decode import DecodeScratch, sparse_decode
 from sentencekv_vllm.triton_kernels.workspace import Workspace
-from sentencekv_vllm.types import Geometry, LayerPools, SparseBatch
+from sentencekv_vllm.types import Geometry, IndexKind, LayerPools, SparseBatch
 
 ARCHITECTURES = (80, 90)
 SHAPES = (  # head_dim, group, block_size, blocks of the longest request, selected blocks, dtype
@@ -85,6 +85,7 @@ def launch_all(
         page_slot=torch.empty(pages, h, dtype=i32),
         slot_page=torch.empty(blocks, h, dtype=i32),
         slot_stamp=torch.empty(blocks, h, dtype=i32),
+        spreads=torch.empty(pages * m, h, head_dim, dtype=bf16),
     )
     shapes = {
         "pages": (s, max_pages),
@@ -116,7 +117,8 @@ def launch_all(
     ids = torch.empty(5, dtype=i32)
     ops = TritonOps(Workspace.allocate(geometry, s, max_pages, sentences, selected, device))
     ops.index_pages(pools, ids, ids, ids, rotation)
-    ops.index_sentences(pools, ids, ids.expand(2, 5), ids.expand(3, 5), ids)
+    for kind in (IndexKind.CENTROID, IndexKind.BOUNDS, IndexKind.MEAN_STD):
+        ops.index_sentences(pools, ids, ids.expand(2, 5), ids.expand(3, 5), ids, kind)
     ops.decode_layer(geometry, pools, batch, query, rotation, out)
     sparse_decode(
         query,

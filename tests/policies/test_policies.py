@@ -13,6 +13,8 @@ from sentencekv_vllm.types import IndexKind, Reduce
 MODULES = {
     "sentencekv": "sentence_kv",
     "sentencekv-paper": "sentence_kv_paper",
+    "quest": "quest",
+    "mean-std": "mean_std",
     "full": "full",
     "streaming": "streaming",
     "random": "random",
@@ -47,6 +49,27 @@ def test_the_default_ranks_tokens_by_the_current_query_and_moves_little():
         "current",
         Reduce.SOFTMAX_MEAN,
         5.0,
+    )
+
+
+def test_quest_ranks_blocks_by_their_bounds_and_everything_else_ranks_sentences():
+    policy = POLICIES["quest"]
+    assert (policy.index, policy.query, policy.reduce, policy.retention) == (
+        IndexKind.BOUNDS,
+        "current",
+        Reduce.MEAN,
+        0.0,
+    )
+    assert [p.name for p in POLICIES.values() if p.grouping == "blocks"] == ["quest"]
+
+
+def test_mean_std_ranks_sentences_by_two_vectors():
+    policy = POLICIES["mean-std"]
+    assert (policy.index, policy.query, policy.reduce, policy.retention) == (
+        IndexKind.MEAN_STD,
+        "current",
+        Reduce.SOFTMAX_MEAN,
+        0.0,
     )
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,8 @@ from sentencekv_vllm.messages import DecodeOptions, StepReport
 from sentencekv_vllm.scheduler.reasons import Reason
 
 PROMPT = 101  # 25 full blocks of 4 and one token
+OPTIONS = DecodeOptions(0, 0, 5.0, False, 3, 0)
+BLOCK_GROUPS = replace(OPTIONS, block_groups=True)
 
 
 def merged(messages, name):
@@ -277,6 +281,31 @@ def test_reports_reach_their_request_or_nobody(simulate):
     assert summary["coverage"] == 0.5 and summary["mode"] == "sparse"
 
 
+@pytest.mark.parametrize("chunk", [1000, 32, 13, 4])
+def test_block_groups_need_no_segmentation_and_end_with_the_blocks(simulate, chunk):
+    sim = simulate()
+    sim.ledger.segmentation.late = True
+    sim.add("a", PROMPT, options=BLOCK_GROUPS)
+    messages = sim.prefill("a", chunk)
+    messages += [sim.step("a", 1) for _ in range(30)]
+    assert not sim.ledger.segmentation.known, "nothing was submitted"
+    ends = merged(messages, "sentence_ends")
+    pages = merged(messages, "page_ids")
+    assert ends[: len(pages)] == [*range(4, 4 * len(pages) + 1, 4)]
+    assert merged(messages, "row_pages") == pages, "a row a block: no pages for rows alone"
+    newest = messages[-1].sparse
+    assert newest.history_hi[0] == (PROMPT + 29 - 6) // 4, "no open sentence holds it back"
+
+
+def test_the_mean_query_of_a_block_group_starts_with_its_block(simulate):
+    sim = simulate()
+    sim.add("a", PROMPT, options=replace(BLOCK_GROUPS, running_mean_query=True))
+    sim.prefill("a")
+    starts = [bool(sim.step("a", 1).sparse.starts_sentence[0]) for _ in range(9)]
+    first = PROMPT  # position of the first token decoded
+    assert starts == [True] + [(first + i) % 4 == 0 for i in range(1, 9)]
+
+
 MOVES = st.lists(
     st.tuples(
         st.sampled_from(["add", "step", "step", "step", "finish", "preempt"]),
@@ -297,7 +326,7 @@ def test_whatever_happens_nothing_is_shared_and_all_comes_back(
     for move, who, size in moves:
         name = f"r{who}"
         if move == "add" and name not in sim.requests:
-            sim.add(name, size)
+            sim.add(name, size, options=BLOCK_GROUPS if who % 2 else OPTIONS)
         elif move == "step" and name in sim.requests:
             message = sim.step(name, min(size, sim.left(name)))
             if message is None:
