@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA glue under vLLM's V2 model runner, as far as a CPU goes.
+
+vLLM's own `build_attn_metadata` and `ActiveKVConnector` are called in the order of the V2
+runner: metadata is built before the connector has the step's message. Our Triton kernels run
+interpreted; vLLM's Triton attention, which cannot, is replaced by its definition.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from vllm.forward_context import override_forward_context  # noqa: E402
+from vllm.v1.attention.backend import AttentionCGSupport  # noqa: E402
+from vllm.v1.attention.backends import triton_attn  # noqa: E402
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, get_attn_cg_support  # noqa: E402
+from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector  # noqa: E402
+from vllm.v1.worker.utils import AttentionGroup  # noqa: E402
+
+from sentencekv_vllm.messages import (  # noqa: E402
+    DecodeOptions,
+    RequestUpdate,
+    SparseRows,
+    StepMessage,
+)
+from sentencekv_vllm.ops.layer_ops import ReferenceOps  # noqa: E402
+from sentencekv_vllm.triton_kernels.layer_ops import TritonOps  # noqa: E402
+from sentencekv_vllm.triton_kernels.workspace import Workspace  # noqa: E402
+from sentencekv_vllm.types import Geometry  # noqa: E402
+from sentencekv_vllm.vllm_glue import cuda, metadata  # noqa: E402
+from sentencekv_vllm.vllm_glue.connector import (  # noqa: E402
+    SentenceKVConnector,
+    SentenceKVConnectorMetadata,
+)
+from sentencekv_vllm.worker.runtime import Runtime  # noqa: E402
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter")
+
+N, D, HEADS, GROUP, LAYERS, BLOCKS = 16, 64, 2, 2, 2, 48
+CPU = torch.device("cpu")
+GEOMETRY = Geometry(
+    num_layers=LAYERS,
+    num_kv_heads=HEADS,
+    group_size=GROUP,
+    head_dim=D,
+    block_size=N,
+    rows_per_page=2,
+    scale=D**-0.5,
+)
+NAMES = [f"layers.{i}.attn" for i in range(LAYERS)]
+LONG, SHORT, CHUNK = "long", "short", "chunk"
+TABLES = {LONG: [*range(1, 12)], SHORT: [20, 21], CHUNK: [30, 31, 32]}
+LENGTHS = {LONG: 10 * N + 5, SHORT: N + 3, CHUNK: 2 * N + 7}  # after the first step
+QUERIES = {LONG: 1, SHORT: 1, CHUNK: 5}  # tokens in each step
+PRIVATE, HISTORY = [40, 41, 42, 43, 44, 45, 46], (1, 8)
+
+
+def attention(query, cache, table, length):
+    """[q, Hq, D] queries at the end of `length` tokens, in float32."""
+    kv = cache[table].transpose(1, 2).reshape(-1, HEADS, 2 * D)[:length].float()
+    keys, values = kv.repeat_interleave(GROUP, 1).split(D, dim=-1)
+    logits = torch.einsum("qhd,khd->hqk", query.float(), keys) * GEOMETRY.scale
+    last = torch.arange(length - len(query), length)
+    logits.masked_fill_(torch.arange(length) > last[:, None], float("-inf"))
+    return torch.einsum("hqk,khd->qhd", logits.softmax(-1), values)
+
+
+def unified_attention(q, k, v, out, cu_seqlens_q, seqused_k, block_table, **_):
+    """Definition of vLLM's kernel; it reads what its metadata tell it to read."""
+    cache = torch.cat((k, v), -1).transpose(1, 2)
+    starts = cu_seqlens_q.tolist()
+    for i, length in enumerate(seqused_k.tolist()):
+        rows = slice(starts[i], starts[i + 1])
+        table = block_table[i, : -(-length // N)].long()
+        out.view(-1, HEADS * GROUP, D)[rows] = attention(q[rows], cache, table, length).to(q.dtype)
+
+
+def triton_ops():
+    return TritonOps(
+        Workspace.allocate(
+            GEOMETRY,
+            max_requests=2,
+            max_pages=12,
+            max_sentences=40,
+            max_selected=len(PRIVATE),
+            device=CPU,
+        )
+    )
+
+
+class Worker:
+    """A V2 worker reduced to what concerns attention and the connector."""
+
+    def __init__(self, ops, budget, monkeypatch):
+        generator = torch.Generator().manual_seed(3)
+        self.caches = [
+            torch.randn(BLOCKS, HEADS, N, 2 * D, generator=generator).half() for _ in range(LAYERS)
+        ]
+        for cache in self.caches:
+            cache[0] = 0  # vLLM's null block
+        self.exact = [cache.clone() for cache in self.caches]  # nothing is ever freed here
+        self.budget, self.step, self.generator = budget, 0, generator
+        config = SimpleNamespace(kv_transfer_config=object())
+        connector = SentenceKVConnector(config, "worker", None)
+        connector.runtime = Runtime(
+            GEOMETRY,
+            self.caches,
+            cuda.key_offset(self.caches[0], None),
+            num_pages=16,
+            num_slots=3,
+            working_set_blocks=len(PRIVATE),
+            ops=ops,
+            layer_names=NAMES,
+        )
+        self.runtime = connector.runtime
+        self.patch = monkeypatch
+        monkeypatch.setattr(triton_attn, "unified_attention", unified_attention)
+        self.connector = object.__new__(ActiveKVConnector)
+        self.connector.kv_connector, self.connector._disabled = connector, False
+        self.connector._pending_load_kwargs = None
+
+        builder = object.__new__(cuda.MetadataBuilder)
+        for name in ("softmax_segm_output", "softmax_segm_max", "softmax_segm_expsum"):
+            setattr(builder, name, None)
+        builder.seq_threshold_3D = builder.num_par_softmax_segments = 16
+        builder.max_seqs_64_segments, builder.rswa_window = 0, None
+        spec = SimpleNamespace(block_size=N)
+        backend = SimpleNamespace(__name__="SentenceKVBackend")
+        group = AttentionGroup(backend, NAMES, spec, 0, metadata_builders=[builder])
+        self.groups = [[group]]
+        self.impl = object.__new__(cuda.Impl)
+        self.impl.__dict__.update(
+            attn_type="decoder", head_size=D, scale=GEOMETRY.scale, kv_cache_dtype="auto",
+            _is_per_token_head_quant=False, _kv_quant_mode=None, alibi_slopes=None,
+            use_alibi_sqrt=False, sliding_window=(-1, -1), logits_soft_cap=0, sinks=None,
+            chunk_lookback=-1, use_td=False,
+        )  # fmt: skip
+
+    def message(self, sparse):
+        self.step += 1
+        updates, rows = [], None
+        if self.step == 1 and sparse:
+            options = DecodeOptions(
+                index_kind=0,
+                reduce=0,
+                retention=1.0,
+                running_mean_query=False,
+                budget_blocks=self.budget,
+                seed=0,
+            )
+            copied = TABLES[LONG][: HISTORY[1]]
+            ends = np.arange(11, len(copied) * N + 1, 11, dtype=np.int32)
+            ends = np.append(ends, np.int32(len(copied) * N))
+            pages = [*range(3, 3 + len(copied))]
+            updates = [RequestUpdate(1, options, copied, pages, pages, ends, PRIVATE)]
+        if sparse:
+            length = LENGTHS[LONG] + self.step - 1
+            tail = TABLES[LONG][(length - 1) // N]
+            slot, tail, lo, hi, length = (
+                np.asarray([value], np.int32) for value in (1, tail, *HISTORY, length)
+            )
+            rows = SparseRows(slot, tail, lo, hi, length, np.zeros(1, np.bool_), [LONG])
+        return StepMessage(self.step, [], updates, rows, frees=self.step == 1)
+
+    def run(self, order, sparse=True, named=True):
+        """One step of the V2 runner; outputs by request and layer, expected ones next to it."""
+        connector = self.connector.kv_connector
+        self.patch.setattr(metadata, "has_kv_transfer_group", lambda: True)
+        self.patch.setattr(metadata, "get_kv_transfer_group", lambda: connector)
+        message = self.message(sparse)
+        counts = [QUERIES[r] for r in order]
+        lengths = [LENGTHS[r] + (self.step - 1) * QUERIES[r] for r in order]
+        starts = [0, *np.cumsum(counts).tolist()]
+        table = torch.full((len(order), 14), 47, dtype=torch.int32)  # stale ids behind
+        slots = []
+        for i, r in enumerate(order):
+            table[i, : len(TABLES[r])] = torch.tensor(TABLES[r])
+            for position in range(lengths[i] - counts[i], lengths[i]):
+                slots.append(TABLES[r][position // N] * N + position % N)
+        num_tokens = starts[-1]
+        built = build_attn_metadata(
+            attn_groups=self.groups,
+            num_reqs=len(order),
+            num_tokens=num_tokens,
+            query_start_loc_gpu=torch.tensor(starts, dtype=torch.int32),
+            query_start_loc_cpu=torch.tensor(starts, dtype=torch.int32),
+            max_query_len=max(counts),
+            seq_lens=torch.tensor(lengths, dtype=torch.int32),
+            max_seq_len=max(lengths),
+            block_tables=[table],
+            slot_mappings=torch.tensor([slots]),
+            kv_cache_config=SimpleNamespace(kv_cache_groups=[None]),
+            seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32),
+            req_idx=np.arange(len(order)),
+        )
+        output = SimpleNamespace(
+            kv_connector_metadata=SentenceKVConnectorMetadata(message),
+            has_sync_kv_loads=named and message.sparse is not None,
+            finished_req_ids=set(),
+        )
+        batch = SimpleNamespace(idx_mapping=None, req_ids=order, num_tokens=num_tokens)
+        with override_forward_context(SimpleNamespace()):
+            self.connector.pre_forward(output, batch)
+            self.poison(message)
+            results = [self.layer(i, built, order, slots, starts, lengths) for i in range(LAYERS)]
+        self.connector.finish_forward()
+        with override_forward_context(SimpleNamespace()):
+            self.report = self.connector.post_forward(set())
+        return results
+
+    def poison(self, message):
+        """Freed blocks are somebody else's from the step on that frees them."""
+        if message.sparse is not None:
+            for cache in self.caches:
+                cache[TABLES[LONG][HISTORY[0] : HISTORY[1]]] = float("nan")
+
+    def layer(self, i, built, order, slots, starts, lengths):
+        tokens = starts[-1]
+        kv = torch.randn(tokens, HEADS, 2 * D, generator=self.generator).half()
+        query = 2 * torch.randn(tokens, HEADS * GROUP, D, generator=self.generator).half()
+        for cache in (self.caches[i], self.exact[i]):
+            for token, slot in enumerate(slots):
+                cache[slot // N, :, slot % N] = kv[token]
+        output = torch.full((tokens + 3, HEADS * GROUP * D), float("nan")).half()  # padded
+        padded = torch.cat((query, torch.zeros(3, HEADS * GROUP, D).half()))
+        scale = torch.ones(())
+        layer = SimpleNamespace(layer_name=NAMES[i], _q_scale=scale, _k_scale=scale, _v_scale=scale)
+        self.impl.forward(layer, padded, kv, kv, self.caches[i], built[NAMES[i]], output)
+        outputs, expected = {}, {}
+        for row, r in enumerate(order):
+            span = slice(starts[row], starts[row + 1])
+            outputs[r] = output[span].view(-1, HEADS * GROUP, D).float()
+            expected[r] = attention(query[span], self.exact[i], TABLES[r], lengths[row])
+        return outputs, expected
+
+
+ORDERS = ([SHORT, LONG, CHUNK], [LONG, CHUNK], [LONG], [LONG, SHORT])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make_ops", [triton_ops, ReferenceOps])
+def test_a_covering_budget_gives_dense_attention_in_any_batch(make_ops, monkeypatch):
+    worker = Worker(make_ops(), HISTORY[1] - HISTORY[0], monkeypatch)
+    for order in ORDERS:
+        for outputs, expected in worker.run(order):
+            for r in order:
+                torch.testing.assert_close(outputs[r], expected[r], atol=0.02, rtol=0.02)
+    report = worker.report.kv_connector_worker_meta.report
+    assert report.slots.tolist() == [1]
+    assert report.hits[0] == LAYERS * HEADS * (HISTORY[1] - HISTORY[0]) and not report.misses[0]
+    assert report.coverage[0] == pytest.approx(LAYERS * 1.0 / LAYERS, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_both_ops_select_and_attend_alike_under_a_budget(monkeypatch):
+    workers = [Worker(ops, 3, monkeypatch) for ops in (triton_ops(), ReferenceOps())]
+    for order in ORDERS:
+        mine, defined = (worker.run(order) for worker in workers)
+        for (a, _), (b, _) in zip(mine, defined, strict=True):
+            for r in order:
+                torch.testing.assert_close(a[r], b[r], atol=0.02, rtol=0.02)
+        pools = [worker.runtime.pools for worker in workers]
+        assert torch.equal(pools[0].page_slot, pools[1].page_slot)
+        assert torch.equal(pools[0].slot_stamp, pools[1].slot_stamp)
+
+
+@pytest.mark.slow
+def test_rows_found_by_name_are_the_rows_found_by_the_block_they_write(monkeypatch):
+    by_name, by_block = (Worker(ReferenceOps(), 3, monkeypatch) for _ in range(2))
+    for order in ORDERS[1:]:
+        named, unnamed = by_name.run(order), by_block.run(order, named=False)
+        for (a, _), (b, _) in zip(named, unnamed, strict=True):
+            assert all(torch.equal(a[r], b[r]) for r in order)
+
+
+def test_dense_rows_of_a_mixed_batch_are_the_stock_rows(monkeypatch):
+    mixed = Worker(ReferenceOps(), 3, monkeypatch).run([SHORT, LONG, CHUNK])
+    stock = Worker(ReferenceOps(), 3, monkeypatch).run([SHORT, LONG, CHUNK], sparse=False)
+    for (a, _), (b, _) in zip(mixed, stock, strict=True):
+        assert torch.equal(a[SHORT], b[SHORT]) and torch.equal(a[CHUNK], b[CHUNK])
+
+
+def test_full_graphs_are_never_captured(monkeypatch):
+    worker = Worker(ReferenceOps(), 3, monkeypatch)
+    support = get_attn_cg_support(worker.groups, None)
+    assert support.min_cg_support is AttentionCGSupport.NEVER
+
+
+def test_a_step_without_tokens_performs_its_message(monkeypatch):
+    worker = Worker(ReferenceOps(), 3, monkeypatch)
+    worker.run([LONG])
+    message = StepMessage(worker.step + 1, dropped=[1])
+    output = SimpleNamespace(
+        kv_connector_metadata=SentenceKVConnectorMetadata(message),
+        has_sync_kv_loads=False,
+        finished_req_ids={LONG},
+    )
+    with override_forward_context(SimpleNamespace()):
+        worker.connector.no_forward(output)
+    assert worker.runtime.tables.pages.counts[1] == 0
+    assert not worker.runtime.has_sparse_rows
