@@ -309,7 +309,8 @@ class Ledger:
             working_set, options.budget_blocks
         ):
             if state.reason is not Reason.HOST_POOL_FULL:
-                state.reason = Reason.BUDGET_COVERS
+                copied = len(memory.pages) == processed // self.limits.block_size
+                state.reason = Reason.BUDGET_COVERS if copied else Reason.COPYING
             return None
         if hi == lo or memory.slot < 0:
             return None

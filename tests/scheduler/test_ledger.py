@@ -128,6 +128,17 @@ def test_the_copy_quota_spreads_the_burst_and_the_history_follows(simulate):
     assert message.sparse.history_hi[0] >= (PROMPT - 6) // 4
 
 
+def test_a_history_on_its_way_to_the_host_is_not_called_covered(simulate):
+    sim = simulate(copy_blocks_per_step=1)
+    sim.add("a", PROMPT)
+    sim.prefill("a")
+    reasons = []
+    while sim.step("a", 1).sparse is None:
+        reasons.append(sim.ledger.states["a"].mode)
+    assert reasons and set(reasons) == {Reason.COPYING}
+    assert sim.ledger.states["a"].mode is Reason.SPARSE
+
+
 def test_rows_of_short_sentences_take_pages_of_their_own(simulate):
     """Seven-token sentences on pages of four tokens fit; one-row pages never run short."""
     for rows_per_page in (1, 2):
