@@ -85,6 +85,9 @@ def main() -> int:
         "host_pool_gib": 0.25,
         "segmenter": options.segmenter,
     }
+    ranked_by = [POLICIES[name].index for name in options.policies if name != DENSE]
+    if any(index is not None and index.vectors == 2 for index in ranked_by):
+        settings["index_vectors"] = 2
     try:
         results = Results(options.results, {"block_size": options.block_size, **settings})
     except ResultsError as error:
