@@ -73,5 +73,5 @@ class StepReport:
     slots: Int32s  # [S]
     hits: npt.NDArray[np.int64]  # [S] found resident, over layers and KV heads
     misses: npt.NDArray[np.int64]  # [S] swapped in
-    coverage: npt.NDArray[np.float32]  # [S] mean estimated attention mass selected
+    coverage: npt.NDArray[np.float32]  # [S] mean estimated attention mass selected, or NaN
     ranks: int = 1  # workers that the numbers were added up over; `coverage` is their sum

@@ -8,6 +8,7 @@ asks it, and the connector ships what it decided (`take_message`).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Segmentation(Protocol):
 
     def submit(self, request_id: str, token_ids: Int32s) -> None: ...
 
-    def poll(self, request_id: str) -> Int32s | None: ...
+    def poll(self, request_id: str, urgent: bool = False) -> Int32s | None: ...
 
     def drop(self, request_id: str) -> None: ...
 
@@ -125,7 +126,7 @@ class Ledger:
             return None
         if max(state.request.num_prompt_tokens, processed) < self.limits.min_context_tokens:
             return None
-        if not self._segmented(state):
+        if not self._segmented(state, processed):
             state.reason = Reason.SEGMENTING
             return None
         if state.reason in (Reason.SHORT_CONTEXT, Reason.SEGMENTING):
@@ -201,8 +202,9 @@ class Ledger:
             if state is not None:
                 state.hits += hits
                 state.misses += misses
-                state.coverage_sum += coverage / report.ranks
-                state.reports += 1
+                if not math.isnan(coverage):
+                    state.coverage_sum += coverage / report.ranks
+                    state.reports += 1
 
     def gauges(self) -> dict[str, int]:
         """Levels for the metrics."""
@@ -216,7 +218,7 @@ class Ledger:
 
     # Internals --------------------------------------------------------------------------
 
-    def _segmented(self, state: RequestState) -> bool:
+    def _segmented(self, state: RequestState, processed: int) -> bool:
         if state.block_groups:
             return True
         if state.segmentation == "none":
@@ -224,7 +226,8 @@ class Ledger:
             self.segmentation.submit(state.request_id, prompt)
             state.segmentation = "submitted"
         if state.segmentation == "submitted":
-            ends = self.segmentation.poll(state.request_id)
+            decoding = processed >= state.request.num_prompt_tokens
+            ends = self.segmentation.poll(state.request_id, urgent=decoding)
             if ends is None:
                 return False
             state.ends, state.segmentation = ends, "done"

@@ -75,7 +75,7 @@ class RequestState:
     hits: int = 0
     misses: int = 0
     coverage_sum: float = 0.0
-    reports: int = 0
+    reports: int = 0  # steps whose coverage is known
 
     @property
     def block_groups(self) -> bool:
@@ -93,7 +93,7 @@ class RequestState:
     def mode(self) -> Reason:
         return Reason.SPARSE if self.sparse_steps else self.reason
 
-    def summary(self) -> dict[str, int | float | str]:
+    def summary(self) -> dict[str, int | float | str | None]:
         """What the response tells: `kv_transfer_params["sentencekv"]`."""
         looked_up = self.hits + self.misses
         return {
@@ -104,5 +104,5 @@ class RequestState:
             "hits": self.hits,
             "misses": self.misses,
             "hit_rate": round(self.hits / looked_up, 4) if looked_up else 0.0,
-            "coverage": round(self.coverage_sum / self.reports, 4) if self.reports else 0.0,
+            "coverage": round(self.coverage_sum / self.reports, 4) if self.reports else None,
         }

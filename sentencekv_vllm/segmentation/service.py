@@ -126,8 +126,12 @@ class SegmentationService:
         job = self._spacy.submit(token_ids)
         self._pending[request_id] = _Pending(token_ids, job, time.monotonic() + allowed)
 
-    def poll(self, request_id: str) -> Ends | None:
+    def poll(self, request_id: str, urgent: bool = False) -> Ends | None:
         """Return the prompt's sentence ends, or None as long as spaCy may take.
+
+        Args:
+            urgent: the prefill is over, so that waiting costs dense decode steps: "auto" does
+                not wait any longer.
 
         Raises:
             KeyError: the request was not submitted.
@@ -142,7 +146,7 @@ class SegmentationService:
             self._ends[request_id] = pending.job.ends
             self.stats["spacy"] += 1
             return pending.job.ends
-        if time.monotonic() >= pending.deadline:
+        if time.monotonic() >= pending.deadline or (urgent and not self._strict):
             return self._overtake(request_id)
         return None
 

@@ -244,10 +244,8 @@ class Runtime:
         head_block_bytes = self.geometry.head_block_numel * self.pools.host.element_size()
         self.counters["swap_in_bytes"] += num_misses * head_block_bytes
         self.counters["sparse_steps"] += 1
-        shares = coverage / np.float32(self.geometry.num_layers)
+        shares = (coverage / self.geometry.num_layers).astype(np.float32)
         known = shares[~np.isnan(shares)]
         self.counters["coverage_millionths"] += int(1e6 * float(known.sum()))
         self.counters["coverage_rows"] += len(known)
-        self._report = StepReport(
-            slots=plan.host_slots, hits=hits, misses=misses, coverage=np.nan_to_num(shares)
-        )
+        self._report = StepReport(slots=plan.host_slots, hits=hits, misses=misses, coverage=shares)

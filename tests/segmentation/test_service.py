@@ -235,6 +235,17 @@ def test_auto_takes_the_table_where_spacy_is_late(make, prompt, by_table):
 
 
 @needs_spacy
+@pytest.mark.parametrize("segmenter", ["auto", "spacy"])
+def test_only_auto_gives_way_when_the_answer_is_urgent(make, prompt, by_table, segmenter):
+    service = make(segmenter)
+    service.submit("a", prompt, allowed_delay_s=PATIENCE_S)
+    answer = service.poll("a", urgent=True)
+    assert (None if answer is None else answer.tolist()) == (
+        by_table if segmenter == "auto" else None
+    )
+
+
+@needs_spacy
 def test_warming_up_starts_the_process_and_answers_nothing(make, prompt, by_spacy):
     service = make("auto")
     service.warm_up()
