@@ -77,7 +77,7 @@ def row(question: Question) -> str:
         f"{question.tokens:6d} {100 * question.depth:5.0f}  {answer:<{ANSWER_WIDTH}}"
         f" {'right' if question.right else 'WRONG'}  {summary.get('hit_rate', 0.0):4.2f}"
         f" {ours.swapped_in_bytes / 2**20:5.1f} {ours.swapped_out_bytes / 2**20:5.1f}"
-        f" {100 * summary.get('coverage', 0.0):4.0f}"
+        f" {100 * (summary.get('coverage') or 0.0):4.0f}"
         f"  {1e3 * question.stock.seconds_per_token:5.2f} {1e3 * ours.seconds_per_token:5.2f}"
     )
 

@@ -33,7 +33,7 @@ class Record:
     sparse_steps: int  # of output_tokens - 1: the prefill gives the first token
     hits: int  # head-blocks
     misses: int
-    coverage: float  # share of attention selected, mean over steps
+    coverage: float | None  # share of attention selected, mean over steps; None: not estimated
 
     @property
     def cell(self) -> Cell:

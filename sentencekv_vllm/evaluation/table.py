@@ -54,7 +54,7 @@ class Row:
     kept: Share  # of the questions that dense attention solves
     sparse: Share  # of the decode steps: those that were run sparsely
     hits: Share  # of the selected head-blocks
-    coverage: float  # share of attention selected, mean over questions
+    coverage: float  # share of attention selected, mean over questions; NaN: not estimated
     swapped_bytes_per_step: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -126,6 +126,7 @@ def _row(
     sparse = [r for r in records if r.sparse_steps]
     hits, misses = sum(r.hits for r in sparse), sum(r.misses for r in sparse)
     steps = sum(r.sparse_steps for r in sparse)
+    known = [r.coverage for r in sparse if r.coverage]
     return Row(
         cell=cell,
         policy=policy,
@@ -133,7 +134,7 @@ def _row(
         kept=Share(sum(kept), len(kept)),
         sparse=Share(steps, sum(r.output_tokens - 1 for r in records)),
         hits=Share(hits, hits + misses),
-        coverage=sum(r.coverage for r in sparse) / len(sparse) if sparse else math.nan,
+        coverage=sum(known) / len(known) if known else math.nan,
         swapped_bytes_per_step=misses * head_block_bytes / steps if steps else math.nan,
     )
 
@@ -172,7 +173,7 @@ def _traffic(row: Row) -> tuple[int, str]:
     if not row.hits.whole:
         return row.exact.whole, "-"
     kib = row.swapped_bytes_per_step / 1024
-    coverage = f"{row.coverage:.2f}" if row.coverage else "-"  # only token bits estimate it
+    coverage = "-" if math.isnan(row.coverage) else f"{row.coverage:.2f}"
     return row.exact.whole, f"{row.hits.value:.2f}, {kib:.0f}, {coverage}"
 
 

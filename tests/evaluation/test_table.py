@@ -112,3 +112,13 @@ def test_steps_that_ran_densely_are_pointed_out():
 def test_a_row_is_plain_json_whatever_is_missing():
     for row in summarise([], [CELL], POLICIES, head_block_bytes=8192):
         json.loads(json.dumps(row.as_dict(), allow_nan=False))
+
+
+def test_unknown_coverage_is_left_out_of_the_mean():
+    records = [record(i, "dense", True) for i in range(3)]
+    records += [record(0, "p", True, coverage=0.4), record(1, "p", True, coverage=None)]
+    records += [record(2, "p", True, coverage=0.6)]
+    records += [record(i, "q", True, coverage=None) for i in range(3)]
+    rows = {row.policy: row for row in summarise(records, [CELL], ["dense", "p", "q"], 1)}
+    assert rows["p"].coverage == pytest.approx(0.5)
+    assert math.isnan(rows["q"].coverage)
