@@ -8,6 +8,7 @@ import hashlib
 import pytest
 
 from sentencekv_vllm.evaluation.recall_tasks import (
+    MULTI_TURN,
     TASKS,
     first_line,
     is_correct,
@@ -62,3 +63,20 @@ def test_an_answer_prefix_moves_the_restated_key_into_the_prompt():
 def test_a_length_that_cannot_hold_the_needles_is_refused():
     with pytest.raises(ValueError, match="needs at least"):
         make_prompt("niah_multiquery", 20, seed=0)
+
+
+@pytest.mark.parametrize("answer_prefix", [False, True])
+def test_a_second_turn_asks_for_what_the_first_did_not_need(answer_prefix):
+    item = make_prompt(MULTI_TURN, 600, seed=6, answer_prefix=answer_prefix)
+    first, later = item.needles
+    assert first.endswith(item.target) or first == item.target.strip()
+    assert later.endswith(item.next_target) or later == item.next_target.strip()
+    assert later not in item.target and item.answers[0] not in item.next_target
+    assert item.next_head.startswith("\n\nQuestion: ")
+    said = item.next_head.partition("Answer:")[2] + item.next_target
+    assert said == f" {later}"
+    assert item.next_head.endswith("Answer:") != answer_prefix
+
+
+def test_other_tasks_have_one_turn():
+    assert make_prompt("niah_single", 300, seed=0).next_head == ""

@@ -17,6 +17,8 @@ TASKS: tuple[str, ...] = (
     "niah_multiquery",
     "variable_tracking",
 )
+MULTI_TURN = "multi_turn"
+"""Two questions in turn; not one of `TASKS`, which have one."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,17 @@ class Fact:
 
 @dataclass
 class Query:
-    """A question, its answer and the needle sentences it relies on."""
+    """A question, its answer and the needle sentences it relies on.
+
+    `later` is the fact that a second question asks for, in a turn of its own.
+    """
 
     task: str
     question: str
     answer: list[Span]
     needles: list[str]
     distractors: list[str] = field(default_factory=list)
+    later: Fact | None = None
 
     @property
     def values(self) -> list[str]:
@@ -197,6 +203,12 @@ def make_query(
             others = [sampler.fact(kind, like=fact).sentence for _ in range(distractors)]
         answer = [Span(fact.stem, "answer"), Span(f" {fact.value}", "value"), Span(".", "answer")]
         return Query(task, fact.question, answer, [fact.sentence], others)
+
+    if task == MULTI_TURN:
+        fact, later = sampler.fact("code"), sampler.fact("locker")
+        answer = [Span(fact.stem, "answer"), Span(f" {fact.value}", "value"), Span(".", "answer")]
+        needles = [fact.sentence, later.sentence]
+        return Query(task, fact.question, answer, needles, later=later)
 
     if task == "niah_multivalue":
         fact = sampler.fact("code")

@@ -15,6 +15,9 @@ niah_multivalue: one key carrying several values; all are asked for.
 niah_multiquery: several needles asked for in a single question.
 variable_tracking: two hops, from object to owner to the owner's locker number.
 
+A sixth, multi_turn, asks a second question after the first is answered, about a needle that
+the first did not need; its item has `next_head` and `next_target`.
+
     item = make_prompt("niah_multikey", target_tokens=4096, seed=7,
                        count_tokens=lambda s: len(tok(s).input_ids))
     text = generate(item.prompt)  # greedy, stop at a newline
@@ -32,10 +35,18 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from .recall_facts import TASKS, FactSampler, Query, make_query
+from .recall_facts import MULTI_TURN, TASKS, FactSampler, Query, make_query
 from .recall_filler import filler_sentence
 
-__all__ = ["TASKS", "RecallPrompt", "first_line", "is_correct", "make_prompt", "score"]
+__all__ = [
+    "MULTI_TURN",
+    "TASKS",
+    "RecallPrompt",
+    "first_line",
+    "is_correct",
+    "make_prompt",
+    "score",
+]
 
 QUESTION_PREFIX = "\n\nQuestion: "
 ANSWER_PREFIX = "\nAnswer:"
@@ -47,6 +58,8 @@ class RecallPrompt:
 
     `answers` are the values that the continuation must contain; `target` is
     the whole expected continuation; `needles` are the sentences it rests on.
+    After the answer, `next_head` asks the second question of `MULTI_TURN`, whose
+    continuation is `next_target`; both are empty otherwise.
     """
 
     task: str
@@ -55,6 +68,8 @@ class RecallPrompt:
     answers: tuple[str, ...]
     target: str
     needles: tuple[str, ...]
+    next_head: str = ""
+    next_target: str = ""
 
 
 def _paragraphs(rng: random.Random, sentences: Sequence[str]) -> Iterator[str]:
@@ -89,7 +104,7 @@ def make_prompt(
     """Build a prompt of at most `target_tokens` tokens (usually within 1 % of it).
 
     Args:
-        task: one of `TASKS`.
+        task: one of `TASKS`, or `MULTI_TURN`.
         target_tokens: wanted prompt length in the unit of `count_tokens`.
         seed: fixes the whole item together with the other arguments.
         count_tokens: length of a text in tokens; the default counts words.
@@ -108,11 +123,14 @@ def make_prompt(
             distractors = max(1, distractors // 4)
     query = make_query(sampler, task, distractors, count, kind)
 
-    head = f"{QUESTION_PREFIX}{query.question}{ANSWER_PREFIX}"
-    target = " " + "".join(s.text for s in query.answer)
-    if answer_prefix:
-        stem = " " + query.answer[0].text
-        head, target = head + stem, target[len(stem) :]
+    def ask(question: str, stem: str, answer: str) -> tuple[str, str]:
+        head = f"{QUESTION_PREFIX}{question}{ANSWER_PREFIX}"
+        cut = len(stem) + 1 if answer_prefix else 0
+        return f"{head} {answer}"[: len(head) + cut], f" {answer}"[cut:]
+
+    head, target = ask(query.question, query.answer[0].text, "".join(s.text for s in query.answer))
+    later = query.later
+    next_turn = ask(later.question, later.stem, later.sentence) if later else ("", "")
 
     facts = [*query.needles, *query.distractors]
     used: float = count_tokens(head) + sum(count_tokens(f" {f}") for f in facts) + 2
@@ -139,7 +157,9 @@ def make_prompt(
         if count_tokens(text) <= target_tokens:
             break
         body.remove(next(s for s in body if s in filler))
-    return RecallPrompt(task, seed, text, tuple(query.values), target, tuple(query.needles))
+    return RecallPrompt(
+        task, seed, text, tuple(query.values), target, tuple(query.needles), *next_turn
+    )
 
 
 def _plant(
