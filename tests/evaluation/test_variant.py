@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Variants: what a request is sent with."""
+
+from __future__ import annotations
+
+import pytest
+
+from sentencekv_vllm.config import SentenceKVConfig
+from sentencekv_vllm.evaluation.variant import ABLATION, DENSE, Variant, make_variants
+from sentencekv_vllm.policies import POLICIES
+from sentencekv_vllm.request_options import KEYS, RANKING
+from sentencekv_vllm.types import IndexKind
+
+
+def test_policy_and_budget_travel_with_the_request():
+    assert Variant(DENSE).options == {"sentencekv": "off"}
+    assert Variant("random", 512).options == {
+        "sentencekv_policy": "random",
+        "sentencekv_token_budget": 512,
+    }
+
+
+def test_a_budget_multiplies_only_what_it_changes():
+    variants = make_variants([DENSE, "sentencekv", "streaming", "full"], [128, 256])
+    assert variants == (
+        Variant(DENSE),
+        Variant("sentencekv", 128),
+        Variant("sentencekv", 256),
+        Variant("streaming"),
+        Variant("full"),
+    )
+
+
+def test_every_policy_is_a_variant():
+    assert {v.name for v in make_variants([*POLICIES], [256])} == set(POLICIES)
+
+
+@pytest.mark.parametrize("name", ABLATION)
+def test_a_ranking_of_the_ablation_is_one_that_requests_can_ask_for(name):
+    options = Variant(name, 256).options
+    assert options.keys() <= set(KEYS)
+    for key, value in ABLATION[name].items():
+        known = RANKING[key][1]
+        assert value in known if known else value >= 0
+
+
+def test_rankings_of_the_ablation_differ():
+    assert len({str(sorted(row.items())) for row in ABLATION.values()}) == len(ABLATION)
+
+
+def test_the_ablation_holds_the_default_and_the_papers_ranking():
+    def ranking(name):
+        values = {k.removeprefix("sentencekv_"): v for k, v in ABLATION[name].items()}
+        policy = SentenceKVConfig.from_dict(values).selection_policy
+        return policy.index, policy.query, policy.reduce, policy.retention
+
+    def published(policy):
+        return policy.index, policy.query, policy.reduce, policy.retention
+
+    paper, *_ = ABLATION
+    assert ranking(paper) == published(POLICIES["sentencekv-paper"])
+    default = "1-bit, current, softmax mean, retention 5"
+    assert ranking(default) == published(POLICIES["sentencekv"])
+
+
+@pytest.mark.parametrize(
+    "name,index",
+    [
+        (DENSE, None),
+        ("streaming", None),
+        ("sentencekv", IndexKind.TOKEN_BITS),
+        ("mean key, current", IndexKind.CENTROID),
+    ],
+)
+def test_a_variant_knows_its_index(name, index):
+    assert Variant(name).index is index
