@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The named presets in `configs/`, in the form that `vllm serve --config` takes.
 
-Those in `configs/policies` set the policy of that name and little else.
-
-`python -m sentencekv_vllm.presets NAME` prints the path of one, for the command line.
+`sentencekv presets NAME` prints the path of one, for the command line.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -42,5 +41,15 @@ def load_preset(name: str) -> SentenceKVConfig:
     return SentenceKVConfig.from_dict(arguments["additional-config"]["sentencekv"])
 
 
+def main(arguments: Sequence[str]) -> int:
+    """Print the path of the preset that is named, or the names; the exit status."""
+    try:
+        print(preset_path(arguments[0]) if arguments else "\n".join(preset_paths()))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    print(preset_path(sys.argv[1] if len(sys.argv) > 1 else "default"))
+    sys.exit(main(sys.argv[1:]))

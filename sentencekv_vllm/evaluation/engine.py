@@ -1,16 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The served path in this process: vLLM with our backend, a policy per request."""
+"""The served path in this process: vLLM with our backend, options per request."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-DENSE = "dense"
-"""Name of the request that switches sentencekv off: exact attention on the same engine."""
+import numpy as np
+from numpy.typing import NDArray
+
+FORCE = "sentencekv_vllm.vllm_glue.force_tokens"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One greedy completion to ask for."""
+
+    prompt: str
+    max_tokens: int
+    options: Mapping[str, Any] = field(default_factory=dict)  # `Variant.options`
+    forced: str = ""
+    """Decode this text whatever the model would say, and tell its distributions."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,9 @@ class Completion:
     text: str
     output_tokens: int
     summary: dict[str, Any]  # `RequestState.summary()`
+    cached_tokens: int = 0  # of the prompt, from the prefix cache
+    logprobs: NDArray[np.float32] | None = None
+    """[output tokens, vocabulary], of a forced request: natural, before sampling."""
 
 
 class Engine(Protocol):
@@ -28,15 +43,8 @@ class Engine(Protocol):
     def count_tokens(self, text: str) -> int:
         """Tokens of a text, without the begin-of-text token."""
 
-    def complete(
-        self, prompt: str, policies: Sequence[str], max_tokens: int
-    ) -> Sequence[Completion]:
-        """Answer the prompt under each policy."""
-
-
-def request_arguments(policy: str) -> dict[str, str]:
-    """`SamplingParams.extra_args` that decode one request under a policy, or densely."""
-    return {"sentencekv": "off"} if policy == DENSE else {"sentencekv_policy": policy}
+    def complete(self, requests: Sequence[Request]) -> Sequence[Completion]:
+        """Answer all, in their order."""
 
 
 class VllmEngine:
@@ -44,13 +52,14 @@ class VllmEngine:
 
     def __init__(
         self,
-        model: Path,
+        model: str,
         settings: Mapping[str, Any],
         *,
         block_size: int,
         max_prompt_tokens: int,
-        max_policies: int,
+        max_requests: int,
         kv_cache_bytes: int,
+        max_output_tokens: int = 512,
     ) -> None:
         """Start it; takes some ten seconds.
 
@@ -59,50 +68,75 @@ class VllmEngine:
             settings: `additional_config["sentencekv"]`.
             block_size: tokens of a KV block.
             max_prompt_tokens: longest prompt.
-            max_policies: most policies of one `complete` call.
+            max_requests: most requests at a time.
             kv_cache_bytes: KV memory of the device.
+            max_output_tokens: longest reply, second turns included.
         """
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
 
+        longest = max_prompt_tokens + max_output_tokens
         self._llm = LLM(
-            model=str(model),
+            model=model,
             attention_backend="sentencekv",
             additional_config={"sentencekv": dict(settings)},
             enforce_eager=True,
             block_size=block_size,
             kv_cache_memory_bytes=kv_cache_bytes,
-            max_model_len=max_prompt_tokens + 512,
-            max_num_seqs=max_policies,
+            max_model_len=longest,
+            max_num_seqs=max_requests,
             # As many blocks are copied out in a step as these tokens have: with all of them,
             # every request is sparse from its first decode step on.
-            max_num_batched_tokens=max_policies * (max_prompt_tokens + 512),
+            max_num_batched_tokens=max_requests * longest,
             enable_prefix_caching=True,
             disable_log_stats=True,
+            logits_processors=[f"{FORCE}:ForceTokens"],
+            max_logprobs=-1,
         )
         self._tokenizer = self._llm.get_tokenizer()
+        self._vocabulary = self._llm.llm_engine.vllm_config.model_config.get_vocab_size()
 
     def count_tokens(self, text: str) -> int:
-        return len(self._tokenizer(text, add_special_tokens=False).input_ids)
+        return len(self._tokens(text))
 
-    def complete(
-        self, prompt: str, policies: Sequence[str], max_tokens: int
-    ) -> Sequence[Completion]:
-        from vllm import SamplingParams
-
-        # No stop string: vLLM finds it outside the engine, and the reply has no summary then.
-        parameters = [
-            SamplingParams(
-                temperature=0, max_tokens=max_tokens, extra_args=request_arguments(policy)
-            )
-            for policy in policies
-        ]
-        outputs = self._llm.generate([prompt] * len(policies), parameters, use_tqdm=False)
+    def complete(self, requests: Sequence[Request]) -> Sequence[Completion]:
+        prompts = [request.prompt for request in requests]
+        parameters = [self._parameters(request) for request in requests]
+        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return [
             Completion(
                 text=output.outputs[0].text,
                 output_tokens=len(output.outputs[0].token_ids),
                 summary=(output.kv_transfer_params or {})["sentencekv"],
+                cached_tokens=output.num_cached_tokens or 0,
+                logprobs=self._table(output.outputs[0].logprobs) if request.forced else None,
             )
-            for output in outputs
+            for request, output in zip(requests, outputs, strict=True)
         ]
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _parameters(self, request: Request) -> Any:
+        from vllm import SamplingParams
+
+        # No stop string: vLLM finds it outside the engine, and the reply has no summary then.
+        if not request.forced:
+            return SamplingParams(
+                temperature=0, max_tokens=request.max_tokens, extra_args=dict(request.options)
+            )
+        tokens = self._tokens(request.forced)
+        return SamplingParams(
+            temperature=0,
+            max_tokens=len(tokens),
+            ignore_eos=True,
+            logprobs=-1,
+            detokenize=False,  # of thousands of candidates a step
+            extra_args={**request.options, "force_tokens": tokens},
+        )
+
+    def _table(self, positions: Sequence[Mapping[int, Any]]) -> NDArray[np.float32]:
+        table = np.full((len(positions), self._vocabulary), -np.inf, np.float32)
+        for row, found in zip(table, positions, strict=True):
+            row[list(found)] = [entry.logprob for entry in found.values()]
+        return table

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .items import Cell
+from .variant import Variant
+
+Key = tuple[Cell, int, Variant]
 
 
 class ResultsError(ValueError):
@@ -18,19 +21,26 @@ class ResultsError(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """One question decoded under one policy."""
+    """One question decoded in one way."""
 
     task: str
     style: str
     tokens: int
     seed: int
-    policy: str
-    correct: bool
+    variant: str  # `Variant.name`
+    budget: int | None
+    score: float  # 0 to 1, of the last turn
     text: str  # first line of the answer
-    target: str  # what it should be
+    target: str  # what it should be, or one such text
+    depth: float | None  # `Item.depth`
+    kl: float | None  # nats per decode step from dense attention, `divergence`
+    # The rest belongs to the last turn.
     output_tokens: int
+    cached_tokens: int  # of the prompt, from the prefix cache
     mode: str  # `scheduler.reasons.Reason`
     sparse_steps: int  # of output_tokens - 1: the prefill gives the first token
+    sentences: int
+    prompt_tokens: int
     hits: int  # head-blocks
     misses: int
     coverage: float | None  # share of attention selected, mean over steps; None: not estimated
@@ -40,8 +50,8 @@ class Record:
         return Cell(self.task, self.style, self.tokens)
 
     @property
-    def key(self) -> tuple[Cell, int, str]:
-        return self.cell, self.seed, self.policy
+    def key(self) -> Key:
+        return self.cell, self.seed, Variant(self.variant, self.budget)
 
 
 class Results:
@@ -56,7 +66,7 @@ class Results:
             ResultsError: the file was made with other settings.
         """
         self.path = path
-        self.records: dict[tuple[Cell, int, str], Record] = {}
+        self.records: dict[Key, Record] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text() if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
@@ -85,5 +95,5 @@ class Results:
             if found.get(name) != wanted.get(name):
                 raise ResultsError(
                     f"{self.path} was made with {name} {found.get(name)!r}, this run has "
-                    f"{wanted.get(name)!r}: name another file with --results, or delete this one"
+                    f"{wanted.get(name)!r}: name another folder with --out, or delete this file"
                 )

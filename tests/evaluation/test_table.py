@@ -10,31 +10,16 @@ import math
 import pytest
 
 from sentencekv_vllm.evaluation.items import Cell
-from sentencekv_vllm.evaluation.records import Record
-from sentencekv_vllm.evaluation.table import Share, markdown, summarise
+from sentencekv_vllm.evaluation.kv_shape import KVShape
+from sentencekv_vllm.evaluation.markdown import markdown
+from sentencekv_vllm.evaluation.share import Share
+from sentencekv_vllm.evaluation.table import summarise
+from sentencekv_vllm.evaluation.variant import DENSE, Variant
 
 CELL = Cell("niah_single", "restated", 4096)
 OTHER = Cell("niah_single", "restated", 8192)
-POLICIES = ["dense", "sentencekv"]
-
-
-def record(seed: int, policy: str, correct: bool, cell: Cell = CELL, **changes) -> Record:
-    sparse = policy != "dense"
-    found = Record(
-        **dataclasses.asdict(cell),
-        seed=seed,
-        policy=policy,
-        correct=correct,
-        text="x",
-        target="x",
-        output_tokens=11,
-        mode="sparse" if sparse else "switched_off",
-        sparse_steps=10 if sparse else 0,
-        hits=30 if sparse else 0,
-        misses=10 if sparse else 0,
-        coverage=0.5 if sparse else 0.0,
-    )
-    return dataclasses.replace(found, **changes)
+VARIANTS = [Variant(DENSE), Variant("sentencekv", 256)]
+SHAPE = KVShape(head_dim=64, block_size=32)
 
 
 @pytest.mark.parametrize(
@@ -62,63 +47,95 @@ def test_nothing_observed_says_nothing():
     assert str(share) == "-"
 
 
-def test_only_questions_that_dense_attention_solves_count_as_kept():
-    records = [record(seed, "dense", seed < 3) for seed in range(4)]
-    records += [record(seed, "sentencekv", seed in (0, 1, 3)) for seed in range(4)]
-    _, row, *_ = summarise(records, [CELL], POLICIES, head_block_bytes=8192)
+def test_only_questions_that_dense_attention_solves_count_as_kept(record):
+    dense, ours = VARIANTS
+    records = [record(seed, dense, seed < 3) for seed in range(4)]
+    records += [record(seed, ours, seed in (0, 1, 3)) for seed in range(4)]
+    _, row, *_ = summarise(records, [CELL], VARIANTS, SHAPE)
     assert (row.exact.part, row.exact.whole) == (3, 4)
     assert (row.kept.part, row.kept.whole) == (2, 3)
 
 
-def test_each_table_says_how_many_questions_it_rests_on():
-    records = [record(seed, p, seed < 3) for seed in range(4) for p in POLICIES]
-    exact, kept, traffic = markdown(summarise(records, [CELL], POLICIES, 8192), POLICIES).split(
-        "\n\n| "
-    )[1:]
-    assert f"{CELL} | 4 | 0.75 (0.30-0.95) | 0.75 (0.30-0.95) |" in exact
+def test_each_table_says_how_many_questions_it_rests_on(record):
+    records = [record(seed, v, seed < 3) for seed in range(4) for v in VARIANTS]
+    text = markdown(summarise(records, [CELL], VARIANTS, SHAPE), VARIANTS)
+    pooled, exact, kept, traffic = text.split("\n\n| ")[1:]
+    interval = "0.75 (0.30-0.95)"
+    assert f"sentencekv @ 256 | 4 | {interval} | 1.00 (0.44-1.00) | 0.2500 | 0.75 | 8 |" in pooled
+    assert f"{CELL} | 4 | {interval} | {interval} |" in exact
     assert f"{CELL} | 3 | 1.00 (0.44-1.00) |" in kept
     assert f"{CELL} | 4 | 0.75, 8, 0.50 |" in traffic
 
 
-def test_a_question_that_one_policy_has_not_answered_counts_for_none():
-    records = [record(seed, "dense", True) for seed in range(4)]
-    records += [record(seed, "sentencekv", True) for seed in range(2)]
-    assert {row.exact.whole for row in summarise(records, [CELL], POLICIES, 8192)} == {2}
+def test_a_question_that_one_variant_has_not_answered_counts_for_none(record):
+    dense, ours = VARIANTS
+    records = [record(seed, dense, 1) for seed in range(4)]
+    records += [record(seed, ours, 1) for seed in range(2)]
+    assert {row.exact.whole for row in summarise(records, [CELL], VARIANTS, SHAPE)} == {2}
 
 
-def test_the_last_rows_pool_all_cells():
-    records = [record(0, p, True, cell) for p in POLICIES for cell in (CELL, OTHER)]
-    rows = summarise(records, [CELL, OTHER], POLICIES, head_block_bytes=8192)
+def test_the_last_rows_pool_all_cells(record):
+    records = [record(0, v, 1, cell) for v in VARIANTS for cell in (CELL, OTHER)]
+    rows = summarise(records, [CELL, OTHER], VARIANTS, SHAPE)
     assert [row.cell for row in rows] == [CELL, CELL, OTHER, OTHER, None, None]
     assert rows[-1].exact.whole == 2
 
 
-def test_traffic_is_bytes_of_missed_head_blocks_a_sparse_step():
-    records = [record(s, p, True) for s in range(2) for p in POLICIES]
-    dense, ours, *_ = summarise(records, [CELL], POLICIES, head_block_bytes=8192)
-    assert ours.swapped_bytes_per_step == 8192
+def test_traffic_is_bytes_of_missed_head_blocks_a_sparse_step(record):
+    records = [record(s, v, 1) for s in range(2) for v in VARIANTS]
+    dense, ours, *_ = summarise(records, [CELL], VARIANTS, SHAPE)
+    assert ours.swapped_bytes_per_step == SHAPE.head_block_bytes == 2 * 32 * 64 * 2
     assert ours.hits.value == 0.75
     assert math.isnan(dense.swapped_bytes_per_step)
 
 
-def test_steps_that_ran_densely_are_pointed_out():
-    records = [record(0, "dense", True), record(0, "sentencekv", True)]
-    assert "flatter" not in markdown(summarise(records, [CELL], POLICIES, 8192), POLICIES)
+def test_bytes_are_unknown_without_the_shape_of_the_kv(record):
+    records = [record(0, v, 1) for v in VARIANTS]
+    _, ours, *_ = summarise(records, [CELL], VARIANTS)
+    assert math.isnan(ours.swapped_bytes_per_step) and math.isnan(ours.index_bytes)
+
+
+@pytest.mark.parametrize(
+    "name,expected",
+    [
+        (DENSE, 0.0),
+        ("streaming", 0.0),
+        ("random", 0.0),
+        ("sentencekv", 64 / 8 + 2),  # a sign a channel, and a scale
+        ("sentencekv-paper", 64 * 2 / 10),  # a mean key for ten tokens
+        ("mean key, current", 64 * 2 / 10),
+    ],
+)
+def test_index_bytes_are_those_that_the_ranking_reads(record, name, expected):
+    variant = Variant(name)
+    (row, _) = summarise([record(0, variant, 1, sentences=400)], [CELL], [variant], SHAPE)
+    assert row.index_bytes == pytest.approx(expected)
+
+
+def test_graded_scores_are_averaged(record):
+    variant = VARIANTS[1]
+    records = [record(seed, variant, seed / 4) for seed in range(5)]
+    row, _ = summarise(records, [CELL], [variant], SHAPE)
+    assert row.exact.value == 0.5
+
+
+def test_steps_that_ran_densely_are_pointed_out(record):
+    records = [record(0, v, 1) for v in VARIANTS]
+    assert "flatter" not in markdown(summarise(records, [CELL], VARIANTS, SHAPE), VARIANTS)
     records[1] = dataclasses.replace(records[1], sparse_steps=5)
-    text = markdown(summarise(records, [CELL], POLICIES, 8192), POLICIES)
-    assert f"{CELL}, sentencekv: sparse in 50.0%" in text
+    text = markdown(summarise(records, [CELL], VARIANTS, SHAPE), VARIANTS)
+    assert f"{CELL}, sentencekv @ 256: sparse in 50.0%" in text
 
 
 def test_a_row_is_plain_json_whatever_is_missing():
-    for row in summarise([], [CELL], POLICIES, head_block_bytes=8192):
+    for row in summarise([], [CELL], VARIANTS, SHAPE):
         json.loads(json.dumps(row.as_dict(), allow_nan=False))
 
 
-def test_unknown_coverage_is_left_out_of_the_mean():
-    records = [record(i, "dense", True) for i in range(3)]
-    records += [record(0, "p", True, coverage=0.4), record(1, "p", True, coverage=None)]
-    records += [record(2, "p", True, coverage=0.6)]
-    records += [record(i, "q", True, coverage=None) for i in range(3)]
-    rows = {row.policy: row for row in summarise(records, [CELL], ["dense", "p", "q"], 1)}
-    assert rows["p"].coverage == pytest.approx(0.5)
-    assert math.isnan(rows["q"].coverage)
+def test_unknown_coverage_is_left_out_of_the_mean(record):
+    some, none = Variant("sentencekv", 256), Variant("quest", 256)
+    records = [record(seed, some, 1, coverage=share) for seed, share in enumerate((0.4, None, 0.6))]
+    records += [record(seed, none, 1, coverage=None) for seed in range(3)]
+    rows = summarise(records, [CELL], [some, none], SHAPE)
+    assert rows[0].coverage == pytest.approx(0.5)
+    assert math.isnan(rows[1].coverage)

@@ -1,44 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The accuracy benchmark on a real engine, with a few questions."""
+"""`sentencekv eval` on a real engine, with a few questions."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from engine import BLOCK, MODEL, SETTINGS, apart
 
-from sentencekv_vllm.evaluation.engine import DENSE, VllmEngine
-from sentencekv_vllm.evaluation.items import make_cells
+from sentencekv_vllm.evaluation.engine import VllmEngine
+from sentencekv_vllm.evaluation.items import interleave, make_cells, recall_problems
 from sentencekv_vllm.evaluation.records import Record, Results
 from sentencekv_vllm.evaluation.runner import run
+from sentencekv_vllm.evaluation.variant import DENSE, Variant, make_variants
 
-POLICIES = [DENSE, "sentencekv", "streaming"]
-CELLS = make_cells(["niah_single"], ["restated", "answer_prefix"], [1500])
+VARIANTS = make_variants([DENSE, "sentencekv", "streaming", "full"], [192, 256])
+CELLS = make_cells(["niah_single", "multi_turn"], ["restated", "answer_prefix"], [1500])
 
 
-def ask(path: str) -> list[Record]:
-    """Two questions of each cell under each policy."""
+def ask(path: str, variants: list[Variant], with_kl: bool) -> list[Record]:
+    """Two questions of each cell in each variant."""
     engine = VllmEngine(
-        Path(MODEL),
+        MODEL,
         SETTINGS,
         block_size=BLOCK,
         max_prompt_tokens=1500,
-        max_policies=len(POLICIES),
-        kv_cache_bytes=64 << 20,
+        max_requests=2 * (len(variants) + 1),
+        kv_cache_bytes=128 << 20,
     )
     results = Results(Path(path), SETTINGS)
-    run(engine, results, CELLS, POLICIES, num_items=2)
+    problems = list(interleave(recall_problems(CELLS, 2, engine.count_tokens)))
+    run(engine, results, problems, variants, batch=2, with_kl=with_kl)
     return list(results.records.values())
 
 
-def test_one_engine_answers_every_policy_and_sparse_rows_are_sparse_from_the_first_step(tmp_path):
-    records = apart(ask, str(tmp_path / "r.jsonl"))
-    assert len(records) == len(CELLS) * 2 * len(POLICIES)
-    by_policy = {p: [r for r in records if r.policy == p] for p in POLICIES}
-    assert all(r.correct for r in by_policy[DENSE] + by_policy["sentencekv"])
-    assert not all(r.correct for r in by_policy["streaming"])
-    for record in by_policy[DENSE]:
-        assert (record.mode, record.sparse_steps) == ("switched_off", 0)
-    for record in by_policy["sentencekv"] + by_policy["streaming"]:
+def test_one_engine_answers_every_variant_and_sparse_rows_are_sparse_from_the_first_step(tmp_path):
+    records = apart(ask, str(tmp_path / "r.jsonl"), VARIANTS, with_kl=True)
+    assert len(records) == len(CELLS) * 2 * len(VARIANTS)
+    by_name = {v.name: [r for r in records if r.variant == v.name] for v in VARIANTS}
+    assert all(r.score == 1 for name in (DENSE, "sentencekv") for r in by_name[name])
+    assert not all(r.score for r in by_name["streaming"])
+    for record in by_name[DENSE]:
+        assert (record.mode, record.sparse_steps, record.kl) == ("switched_off", 0, 0)
+    for record in by_name["sentencekv"] + by_name["streaming"]:
         assert record.sparse_steps == record.output_tokens - 1
-    assert all(r.misses > 0 and 0 < r.coverage <= 1 for r in by_policy["sentencekv"])
+    assert all(r.misses > 0 and 0 < r.coverage <= 1 for r in by_name["sentencekv"])
+    # Forced answers: what is attended to decides how far the distributions move.
+    kl = {name: [r.kl for r in found] for name, found in by_name.items()}
+    assert all(0 <= value < 0.05 for value in kl["sentencekv"] + kl["full"])
+    assert max(kl["streaming"]) > 10 * max(kl["sentencekv"])
+    assert all(math.isfinite(value) for values in kl.values() for value in values)
+
+
+def test_a_second_turn_finds_its_dense_prompt_but_no_kv_of_sparse_attention(tmp_path):
+    records = apart(ask, str(tmp_path / "r.jsonl"), [Variant("sentencekv", 192)], with_kl=False)
+    for record in (r for r in records if r.task == "multi_turn"):
+        assert record.score == 1
+        question = 1500 // BLOCK * BLOCK
+        assert 0.9 * question < record.cached_tokens <= question < record.prompt_tokens

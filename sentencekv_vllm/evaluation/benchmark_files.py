@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Long-context benchmarks from files in the form that their authors publish; no downloads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from . import scores
+from .items import Cell, Item, Problem
+from .scores import Metric
+
+Sample = Mapping[str, Any]
+
+
+class BenchmarkFileError(ValueError):
+    """A file is absent or of another form; the message says what is expected."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One benchmark's file form.
+
+    Attributes:
+        example: which file is meant, for messages.
+        read: makes an item of a sample of a file; may raise KeyError for a missing field.
+    """
+
+    example: str
+    read: Callable[[Path, Sample], Item]
+
+
+def load_problems(spec: str, num_items: int) -> list[list[Problem]]:
+    """The first questions of a file, as one cell.
+
+    Args:
+        spec: `FORMAT:FILE`, with a format of `FORMATS`.
+        num_items: most questions.
+
+    Raises:
+        BenchmarkFileError: unknown format, no such file, or a line of another form.
+    """
+    name, _, file = spec.partition(":")
+    if name not in FORMATS or not file:
+        raise BenchmarkFileError(
+            f"--data {spec!r} is not FORMAT:FILE with a format of {', '.join(FORMATS)}"
+        )
+    path, form = Path(file), FORMATS[name]
+    if not path.is_file():
+        raise BenchmarkFileError(f"{path} does not exist: --data {name} reads {form.example}")
+    cell = Cell(f"{name}/{_task(path)}", "file", 0)
+    with path.open(encoding="utf-8") as lines:
+        filled = (line for line in lines if line.strip())
+        items = [_item(form, path, i, line) for i, line in enumerate(islice(filled, num_items))]
+    if not items:
+        raise BenchmarkFileError(f"{path} holds no question")
+    return [[_problem(cell, seed, item) for seed, item in enumerate(items)]]
+
+
+def _problem(cell: Cell, seed: int, item: Item) -> Problem:
+    return Problem(cell, seed, lambda: item)
+
+
+def _item(form: Format, path: Path, index: int, line: str) -> Item:
+    try:
+        return form.read(path, json.loads(line))
+    except json.JSONDecodeError as error:
+        raise BenchmarkFileError(f"{path}, question {index}: no JSON object: {error}") from error
+    except KeyError as error:
+        raise BenchmarkFileError(
+            f"{path}, question {index}: no field {error}: --data reads {form.example}"
+        ) from error
+
+
+def _task(path: Path) -> str:
+    """RULER names the folder after the task, the others the file."""
+    return path.parent.name if path.stem in ("validation", "test") else path.stem
+
+
+def _ruler(path: Path, sample: Sample) -> Item:
+    metric = scores.match_any if _task(path).startswith("qa") else scores.match_all
+    return Item(
+        prompt=sample["input"] + sample.get("answer_prefix", ""),
+        references=tuple(map(str, sample["outputs"])),
+        metric=metric,
+        max_tokens=RULER_TOKENS.get(_task(path).split("_")[0], 128),
+    )
+
+
+RULER_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
+"""Longest reply by family of tasks, as the benchmark sets it."""
+
+LONGBENCH_METRICS: dict[str, Metric] = {
+    **dict.fromkeys(
+        ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "triviaqa"),
+        scores.token_f1,
+    ),
+    "passage_count": scores.right_number,
+    "passage_retrieval_en": scores.right_paragraph,
+}
+
+
+def _longbench(path: Path, sample: Sample) -> Item:
+    task = sample["dataset"].removesuffix("_e")
+    if task not in LONGBENCH_METRICS:
+        raise BenchmarkFileError(
+            f"{path}: LongBench's metric of {sample['dataset']!r} is not available, use one of "
+            f"{', '.join(LONGBENCH_METRICS)}"
+        )
+    prompts, lengths = (
+        _beside(path, f"dataset2{what}.json", "LongBench's own folder config")
+        for what in ("prompt", "maxlen")
+    )
+    metric = LONGBENCH_METRICS[task]
+    first = task == "triviaqa"  # a few-shot task: the reply goes on with the next question
+
+    def score(text: str, references: Any) -> float:
+        return metric(text.lstrip("\n").split("\n")[0] if first else text, references)
+
+    return Item(
+        prompt=prompts[task].format(**sample),
+        references=tuple(sample["answers"]),
+        metric=score,
+        max_tokens=int(lengths[task]),
+    )
+
+
+INFINITEBENCH: dict[str, tuple[Metric, int]] = {
+    "passkey": (scores.first_number, 6),
+    "number_string": (scores.first_number, 12),
+    "kv_retrieval": (scores.has_word, 50),
+    "longbook_qa_eng": (scores.token_f1, 40),
+}
+"""Metric and longest reply of each task."""
+
+
+def _infinitebench(path: Path, sample: Sample) -> Item:
+    task = path.stem
+    if task not in INFINITEBENCH:
+        raise BenchmarkFileError(
+            f"{path}: InfiniteBench's metric of {task!r} is not available, use one of "
+            f"{', '.join(INFINITEBENCH)}"
+        )
+    metric, max_tokens = INFINITEBENCH[task]
+    answer = sample["answer"]
+    return Item(
+        prompt=f"{sample['context']}\n\n{sample['input']}\nAnswer:",
+        references=tuple(map(str, answer if isinstance(answer, list) else [answer])),
+        metric=metric,
+        max_tokens=max_tokens,
+    )
+
+
+def _beside(path: Path, name: str, source: str) -> dict[str, Any]:
+    """A JSON file in the same folder."""
+    found = path.parent / name
+    if not found.is_file():
+        raise BenchmarkFileError(f"{found} does not exist: copy it there from {source}")
+    return json.loads(found.read_text(encoding="utf-8"))
+
+
+FORMATS: dict[str, Format] = {
+    "ruler": Format("RULER's TASK/validation.jsonl (input, outputs)", _ruler),
+    "longbench": Format("LongBench v1's TASK.jsonl (context, input, answers, dataset)", _longbench),
+    "infinitebench": Format("InfiniteBench's TASK.jsonl (context, input, answer)", _infinitebench),
+}
