@@ -72,7 +72,7 @@ class SentenceKVConfig:
     more pages."""
 
     on_pool_full: str = _option("dense", choices=("dense", "wait"))
-    """Without host pages a request stays dense, or waits to be admitted."""
+    """Without host pages: what has none stays on the GPU, or the request waits for admission."""
     stay_dense_when_covered: bool = _option(True)
     """False: a history that the budget covers runs through the sparse path all the same,
     which shows that the path is exact."""

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from ..messages import Int32s, RequestUpdate, SparseRows, StepMessage, StepReport
+from ..messages import Int32s, StepMessage, StepReport
+from .limits import Limits
+from .outbox import has_news, sparse_rows, take_update
 from .page_pool import PagePool
 from .reasons import Reason
 from .request_state import Memory, RequestState, Unsent
@@ -41,22 +42,6 @@ class Segmentation(Protocol):
     def split_tail(self, token_ids: Int32s, final: bool = False) -> Int32s: ...
 
     def is_boundary(self, token_id: int) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The sizes that the ledger's decisions depend on, in blocks unless named otherwise."""
-
-    block_size: int  # tokens
-    sink_blocks: int
-    recent_tokens: int
-    working_set_blocks: int
-    rows_per_page: int
-    min_context_tokens: int
-    copy_blocks_per_step: int
-    num_slots: int
-    stay_dense_when_covered: bool
-    wait_for_pages: bool
 
 
 class Ledger:
@@ -185,13 +170,17 @@ class Ledger:
         self._step += 1
         dropped, self._dropped = self._dropped, []
         frees, self._frees = self._frees, False
-        updates = [self._update(s) for s in self._slot_owner.values() if self._has_news(s)]
+        updates = [take_update(s) for s in self._slot_owner.values() if has_news(s)]
         rows = [
             (state, computed)
             for request_id, computed in scheduled.items()
             if (state := self.states.get(request_id)) is not None and state.memory.sparse
         ]
-        sparse = self._sparse_rows(rows, block_id) if rows else None
+        starts = [self._starts_sentence(state, computed) for state, computed in rows]
+        for state, _ in rows:
+            state.sparse_steps += 1
+            state.memory.decoded_sparse = True
+        sparse = sparse_rows(rows, starts, block_id, self.limits.block_size) if rows else None
         return StepMessage(self._step, dropped, updates, sparse, frees)
 
     def report(self, report: StepReport) -> None:
@@ -251,6 +240,8 @@ class Ledger:
             if taken is not None:
                 self.pages.give(taken)
             return
+        if state.reason is Reason.HOST_POOL_FULL:
+            state.reason = Reason.COPYING
         self._copy_quota -= count
         memory.pages += taken[:count]
         memory.row_pages += taken
@@ -308,9 +299,7 @@ class Ledger:
             return None
         lo, hi = self.limits.sink_blocks, self._history_end(state, processed)
         working_set = self._working_set(state)
-        if self.limits.stay_dense_when_covered and hi - lo <= max(
-            working_set, options.budget_blocks
-        ):
+        if self.limits.stay_dense_when_covered and hi - lo <= options.budget_blocks:
             if state.reason is not Reason.HOST_POOL_FULL:
                 copied = len(memory.pages) == processed // self.limits.block_size
                 state.reason = Reason.BUDGET_COVERS if copied else Reason.COPYING
@@ -348,54 +337,9 @@ class Ledger:
         prompt = state.request.num_prompt_tokens
         if prompt < self.limits.min_context_tokens or state.memory.reserved or state.memory.pages:
             return 0
-        # Until the spans are known, one page a block; sentence rows may take a few more.
-        rows = -(-len(state.ends) // self.limits.rows_per_page)
-        return max(prompt // self.limits.block_size, rows)
-
-    @staticmethod
-    def _has_news(state: RequestState) -> bool:
-        return bool(state.unsent.block_ids) or state.unsent.private
-
-    def _update(self, state: RequestState) -> RequestUpdate:
-        memory, unsent = state.memory, state.unsent
-        update = RequestUpdate(
-            slot=memory.slot,
-            options=state.options if unsent.options else None,
-            block_ids=unsent.block_ids,
-            page_ids=memory.pages[unsent.pages :],
-            row_pages=memory.row_pages[unsent.row_pages :],
-            sentence_ends=state.ends[unsent.sentences :],
-            private_blocks=memory.private if unsent.private else None,
-        )
-        state.unsent = Unsent(
-            options=False,
-            pages=len(memory.pages),
-            row_pages=len(memory.row_pages),
-            sentences=len(state.ends),
-        )
-        return update
-
-    def _sparse_rows(
-        self, rows: list[tuple[RequestState, int]], block_id: Callable[[str, int], int]
-    ) -> SparseRows:
-        n = self.limits.block_size
-
-        def column(values: Any) -> Int32s:
-            return np.fromiter(values, np.int32, len(rows))
-
-        starts = np.fromiter((self._starts_sentence(s, c) for s, c in rows), np.bool_, len(rows))
-        for state, _ in rows:
-            state.sparse_steps += 1
-            state.memory.decoded_sparse = True
-        return SparseRows(
-            slots=column(s.memory.slot for s, _ in rows),
-            tail_blocks=column(block_id(s.request_id, c // n) for s, c in rows),
-            history_lo=column(s.memory.history_lo for s, _ in rows),
-            history_hi=column(s.memory.history_hi for s, _ in rows),
-            seq_lens=column(c + 1 for _, c in rows),
-            starts_sentence=starts,
-            request_ids=[s.request_id for s, _ in rows],
-        )
+        # While spaCy is at work, one page a block; the sentences' rows may take a few more.
+        sentences = len(state.ends) if self._segmented(state, processed=0) else 0
+        return max(prompt // self.limits.block_size, -(-sentences // self.limits.rows_per_page))
 
     def _starts_sentence(self, state: RequestState, computed: int) -> bool:
         assert state.options is not None

@@ -14,7 +14,8 @@ from ..messages import DecodeOptions, Int32s, StepMessage
 from ..metrics import REASON_PREFIX, SEGMENTER_PREFIX
 from ..request_options import RequestOptions, RequestOptionsError
 from ..resolved import ResolvedConfig
-from ..scheduler.ledger import Ledger, Limits
+from ..scheduler.ledger import Ledger
+from ..scheduler.limits import Limits
 from ..scheduler.page_pool import PagePool
 from ..scheduler.reasons import Reason
 from ..scheduler.request_state import RequestState

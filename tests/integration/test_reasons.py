@@ -30,7 +30,7 @@ def counted(llm):
 
 def one_of_each():
     llm = make_llm({}, enable_prompt_embeds=True)
-    short, middle, long = (i.prompt for i in make_items(llm, (150, 350, 1500)))
+    short, middle, long = (i.prompt for i in make_items(llm, (150, 270, 1500)))
     tokens = llm.get_tokenizer()(long).input_ids
 
     def mode(prompt, **extra):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from sentencekv_vllm.messages import DecodeOptions, StepMessage
-from sentencekv_vllm.scheduler.ledger import Ledger, Limits
+from sentencekv_vllm.scheduler.ledger import Ledger
+from sentencekv_vllm.scheduler.limits import Limits
 from sentencekv_vllm.scheduler.page_pool import PagePool
 from sentencekv_vllm.scheduler.request_state import RequestState
 

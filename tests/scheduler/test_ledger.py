@@ -70,14 +70,14 @@ def test_resident_blocks_stay_bounded_while_the_history_grows(simulate):
 
 def test_short_and_covered_requests_stay_dense(simulate):
     sim = simulate()
-    cases = {"short": (19, Reason.SHORT_CONTEXT), "covered": (31, Reason.BUDGET_COVERS)}
+    cases = {"short": (19, Reason.SHORT_CONTEXT), "covered": (23, Reason.BUDGET_COVERS)}
     for name, (prompt, reason) in cases.items():
         sim.add(name, prompt)
         sim.prefill(name)
         assert sim.step(name, 1).sparse is None
         assert sim.ledger.states[name].mode is reason
     eager = simulate(stay_dense_when_covered=False)
-    eager.add("covered", 31)
+    eager.add("covered", 23)
     eager.prefill("covered")
     assert eager.step("covered", 1).sparse is not None
 

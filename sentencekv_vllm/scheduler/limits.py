@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sizes that the scheduler side decides by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The sizes that the ledger's decisions depend on, in blocks unless named otherwise."""
+
+    block_size: int  # tokens
+    sink_blocks: int
+    recent_tokens: int
+    working_set_blocks: int
+    rows_per_page: int
+    min_context_tokens: int
+    copy_blocks_per_step: int
+    num_slots: int
+    stay_dense_when_covered: bool
+    wait_for_pages: bool

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step's message says: news of the tracked requests, and the rows that decode sparsely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from ..messages import Int32s, RequestUpdate, SparseRows
+from .request_state import RequestState, Unsent
+
+
+def has_news(state: RequestState) -> bool:
+    """The workers have to be told something about the request."""
+    return bool(state.unsent.block_ids) or state.unsent.private
+
+
+def take_update(state: RequestState) -> RequestUpdate:
+    """Everything that is new about a request since the last call."""
+    memory, unsent = state.memory, state.unsent
+    update = RequestUpdate(
+        slot=memory.slot,
+        options=state.options if unsent.options else None,
+        block_ids=unsent.block_ids,
+        page_ids=memory.pages[unsent.pages :],
+        row_pages=memory.row_pages[unsent.row_pages :],
+        sentence_ends=state.ends[unsent.sentences :],
+        private_blocks=memory.private if unsent.private else None,
+    )
+    state.unsent = Unsent(
+        options=False,
+        pages=len(memory.pages),
+        row_pages=len(memory.row_pages),
+        sentences=len(state.ends),
+    )
+    return update
+
+
+def sparse_rows(
+    rows: Sequence[tuple[RequestState, int]],
+    starts_sentence: Sequence[bool],
+    block_id: Callable[[str, int], int],
+    block_size: int,
+) -> SparseRows:
+    """Columns of the sparse rows of a step.
+
+    Args:
+        rows: requests with their computed tokens before the step.
+        starts_sentence: for each, whether its token opens a sentence.
+        block_id: id of a request's j-th block.
+        block_size: tokens.
+    """
+
+    def column(values: Iterable[int]) -> Int32s:
+        return np.fromiter(values, np.int32, len(rows))
+
+    return SparseRows(
+        slots=column(s.memory.slot for s, _ in rows),
+        tail_blocks=column(block_id(s.request_id, c // block_size) for s, c in rows),
+        history_lo=column(s.memory.history_lo for s, _ in rows),
+        history_hi=column(s.memory.history_hi for s, _ in rows),
+        seq_lens=column(c + 1 for _, c in rows),
+        starts_sentence=np.asarray(starts_sentence, np.bool_),
+        request_ids=[s.request_id for s, _ in rows],
+    )
