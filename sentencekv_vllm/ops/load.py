@@ -18,7 +18,7 @@ from .native_build import BuildError
 logger = logging.getLogger(__name__)
 
 TEST_OPS = "SENTENCEKV_TEST_OPS"
-"""Environment variable for tests on the CPU: cpu, reference or triton in place of the fastest."""
+"""Test flag, an environment variable: on a CPU, take the cpu, reference or triton ops."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def build_runtime(
         raise ConfigError(
             f"the index ({resolved.index_bytes / 2**30:.2f} GiB) and the buffers of the decode "
             "kernels do not fit beside vLLM's KV cache: lower --gpu-memory-utilization, which "
-            "leaves them room, or host_pool_gib"
+            "leaves them room, --max-num-seqs or host_pool_gib"
         ) from error
     logger.info(
         "SentenceKV: %d host pages of %d tokens (%.2f GiB swap pool), %.1f MiB index, ops: %s",
@@ -92,7 +92,9 @@ def _sizes(
     config, pages = resolved.config, resolved.num_pages
     n = geometry.block_size
     longest = min(blocks(vllm_config.model_config.max_model_len, n), pages)
-    shortest = max(1, blocks(config.min_context_tokens, n) - resolved.recent_blocks - 1)
+    # A sparse request has a host page for every block of sinks and history.
+    covered = resolved.working_set_blocks if config.stay_dense_when_covered else 0
+    shortest = resolved.sink_blocks + covered + 1
     return Sizes(
         geometry=geometry,
         device=device,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,17 @@ class HostPool:
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> None:
+        if pinned:  # taken at once; otherwise as it is filled
+            check_fits(
+                "the swap pool of this worker",
+                prod(shape) * dtype.itemsize,
+                available_bytes(),
+                "lower host_pool_gib, of which every tensor-parallel worker takes its own",
+            )
         self.tensor: Tensor = torch.empty(shape, dtype=dtype)
         self._pinned = False
         if not pinned or not self.tensor.nbytes:
             return
-        check_fits(
-            "the swap pool of this worker",
-            self.tensor.nbytes,
-            available_bytes(),
-            "lower host_pool_gib, of which every tensor-parallel worker takes its own",
-        )
         status = _cudart().cudaHostRegister(self.tensor.data_ptr(), self.tensor.nbytes, 0)
         if int(status) != 0:
             raise ConfigError(

@@ -196,6 +196,40 @@ def test_a_report_is_given_once_with_the_steps_lookups():
     assert runtime.take_report() is None
 
 
+def test_late_counts_are_complete_and_go_to_their_request_only():
+    """As on a GPU, where a step's counts are read two steps later."""
+
+    def reports(lag, drop_at=None):
+        runtime = make_runtime(BUDGET)
+        runtime._lag = lag
+        blocks = [*range(1, PROMPT_BLOCKS + 1)]
+        found = []
+        for step in range(1, 9):
+            if step == 1:
+                runtime.apply(turning_sparse(0, blocks, [*range(30, 44)], [20, 21, 22]))
+            elif step < 6:
+                runtime.apply(StepMessage(step, sparse=rows([0], [PROMPT_BLOCKS])))
+            else:
+                runtime.apply(StepMessage(step, dropped=[0] if step == drop_at else []))
+            if step < 6:
+                plan = plan_of(runtime, [PROMPT_BLOCKS], [blocks])
+                generator = torch.Generator().manual_seed(step)
+                runtime.rank(plan, 0, torch.randn(1, HEADS * GROUP, D, generator=generator))
+            report = runtime.take_report()
+            if report is not None:
+                counts = (report.hits.tolist(), report.misses.tolist())
+                found.append((step, report.slots.tolist(), counts))
+        return found, runtime.take_counters()
+
+    (at_once, counted), (late, late_counted) = reports(0), reports(2)
+    assert late == [(step + 2, slots, counts) for step, slots, counts in at_once]
+    assert len(late) == 5
+    for name in ("hits", "misses", "sparse_steps", "coverage_rows", "coverage_millionths"):
+        assert late_counted[name] == counted[name]
+    after_drop, _ = reports(2, drop_at=6)
+    assert [slots for _, slots, _ in after_drop] == [[0], [0], [0], [-1], [-1]]
+
+
 def test_pages_and_blocks_of_a_former_owner_are_no_hits():
     runtime = make_runtime(BUDGET)
     decode(runtime, steps=3, poison=False)
