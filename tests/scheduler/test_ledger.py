@@ -279,6 +279,31 @@ def test_without_a_free_slot_a_request_stays_dense(simulate):
     assert sim.is_clean
 
 
+def test_a_message_says_whether_blocks_of_a_live_request_were_freed(simulate):
+    sim = simulate()
+    sim.add("a", PROMPT)
+    assert not any(message.frees for message in sim.prefill("a", 16))
+    before, moved = sim.step("a", 1), 0
+    assert before.frees, "the history leaves"
+    for _ in range(30):
+        message = sim.step("a", 1)
+        assert message.frees == (message.sparse.history_hi[0] > before.sparse.history_hi[0])
+        moved += message.frees
+        before = message
+    assert 1 < moved < 30
+
+
+def test_rows_name_their_request_and_its_length_with_this_steps_token(simulate):
+    sim = simulate()
+    sim.add("a", PROMPT)
+    sim.prefill("a")
+    for i in range(5):
+        rows = sim.step("a", 1).sparse
+        assert rows.request_ids == ["a"] and rows.seq_lens.tolist() == [PROMPT + i + 1]
+        own = sim.blocks["a"][(PROMPT + i) // 4].block_id
+        assert rows.tail_blocks.tolist() == [own]
+
+
 def test_reports_reach_their_request_or_nobody(simulate):
     sim = simulate()
     sim.add("a", PROMPT)
