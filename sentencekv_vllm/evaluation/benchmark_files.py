@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ class Format:
     read: Callable[[Path, Sample], Item]
 
 
-def load_problems(spec: str, num_items: int) -> list[list[Problem]]:
+def load_problems(spec: str, num_items: int) -> list[Problem]:
     """The first questions of a file, as one cell.
 
     Args:
@@ -58,7 +58,26 @@ def load_problems(spec: str, num_items: int) -> list[list[Problem]]:
         items = [_item(form, path, i, line) for i, line in enumerate(islice(filled, num_items))]
     if not items:
         raise BenchmarkFileError(f"{path} holds no question")
-    return [[_problem(cell, seed, item) for seed, item in enumerate(items)]]
+    return [_problem(cell, seed, item) for seed, item in enumerate(items)]
+
+
+def check_lengths(
+    problems: Sequence[Problem], longest: int, count_tokens: Callable[[str], int]
+) -> None:
+    """Refuse questions from files that an engine has no room for.
+
+    Raises:
+        BenchmarkFileError: a prompt has more than `longest` tokens.
+    """
+    for problem in problems:
+        if problem.cell.tokens:
+            continue  # made to measure
+        tokens = count_tokens(problem.make().prompt) + 1
+        if tokens > longest:
+            raise BenchmarkFileError(
+                f"{problem.cell}, question {problem.seed}: {tokens} prompt tokens, the engine "
+                f"takes {longest}: set --max-prompt-tokens to the longest prompt"
+            )
 
 
 def _problem(cell: Cell, seed: int, item: Item) -> Problem:

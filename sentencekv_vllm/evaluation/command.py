@@ -19,7 +19,7 @@ from typing import Any
 
 from ..policies import POLICIES
 from ..presets import PACKAGE
-from .benchmark_files import FORMATS, BenchmarkFileError, load_problems
+from .benchmark_files import FORMATS, BenchmarkFileError, check_lengths, load_problems
 from .engine import Engine, VllmEngine
 from .http_engine import HttpEngine, ServerRefusal
 from .items import STYLES, Problem, interleave, make_cells, recall_problems
@@ -107,12 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         results = Results(options.out / "results.jsonl", _identity(options))
-        by_cell = [cell for spec in options.data for cell in load_problems(spec, options.items)]
+        by_cell = [load_problems(spec, options.items) for spec in options.data]
         tasks = [] if NO_TASKS in options.tasks else options.tasks
         cells = make_cells(tasks, options.styles, options.contexts)
         by_cell += recall_problems(cells, options.items, lambda text: engine().count_tokens(text))
         problems = list(interleave(by_cell))
         if not is_complete(results, problems, variants):
+            if not options.server:
+                check_lengths(problems, _longest(options), engine().count_tokens)
             run(
                 engine(),
                 results,
@@ -150,6 +152,10 @@ def _identity(options: argparse.Namespace) -> dict[str, Any]:
     return {"model": name, "block_size": options.block_size, **_settings(options)}
 
 
+def _longest(options: argparse.Namespace) -> int:
+    return int(options.max_prompt_tokens or max(options.contexts))
+
+
 def _start(options: argparse.Namespace, num_variants: int) -> Engine:
     num_requests = options.batch * (num_variants + options.kl)
     if options.server:
@@ -162,7 +168,7 @@ def _start(options: argparse.Namespace, num_variants: int) -> Engine:
         options.model,
         {"token_budget": max(options.budgets), "index_vectors": vectors, **_settings(options)},
         block_size=options.block_size,
-        max_prompt_tokens=options.max_prompt_tokens or max(options.contexts),
+        max_prompt_tokens=_longest(options),
         max_requests=num_requests,
         kv_cache_bytes=int(options.kv_cache_gib * 2**30),
     )

@@ -11,7 +11,7 @@ from .variant import DENSE, Variant
 
 
 def markdown(rows: Sequence[Row], variants: Sequence[Variant]) -> str:
-    """All questions together, then cells down and variants across: accuracy, kept, traffic."""
+    """All questions together, then cells against variants: accuracy, kept, traffic."""
     sparse = [v for v in variants if v.name != DENSE]
     tables = [
         _pooled([row for row in rows if row.cell is None]),
@@ -34,15 +34,12 @@ def markdown(rows: Sequence[Row], variants: Sequence[Variant]) -> str:
 
 
 def _pooled(rows: Sequence[Row]) -> str:
-    lines = [
-        "All questions together:",
-        "",
-        "| policy @ budget | questions | score (95 % interval) | kept of dense | KL to dense "
-        "| hit rate | KiB a step | attention selected | index B a token |",
-        "|---" * 9 + "|",
+    head = [
+        *("policy @ budget", "questions", "score (95 % interval)", "kept of dense"),
+        *("KL to dense", "hit rate", "KiB a step", "attention selected", "index B a token"),
     ]
-    for row in rows:
-        entries = [
+    body = [
+        [
             str(row.variant),
             str(row.exact.whole),
             str(row.exact),
@@ -53,8 +50,9 @@ def _pooled(rows: Sequence[Row]) -> str:
             _show(row.coverage, ".2f"),
             _show(row.index_bytes, ".1f"),
         ]
-        lines.append(f"| {' | '.join(entries)} |")
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return f"All questions together:\n\n{_table(head, body)}"
 
 
 def _show(value: float, form: str) -> str:
@@ -82,16 +80,22 @@ def _pivot(
     variants: Sequence[Variant],
     show: Callable[[Row], tuple[int, str]],
 ) -> str:
-    """Cells down, variants across; `show` gives the number of questions and an entry."""
-    found = {(row.cell, row.variant): row for row in rows}
-    lines = [
-        f"{title}:",
-        "",
-        f"| task / style / tokens | questions | {' | '.join(map(str, variants))} |",
-        "|---" * (2 + len(variants)) + "|",
-    ]
-    for cell in dict.fromkeys(row.cell for row in rows):
-        shown = [show(found[cell, variant]) for variant in variants]
-        entries = " | ".join(entry for _, entry in shown)
-        lines.append(f"| {cell or 'all'} | {shown[0][0] if shown else 0} | {entries} |")
-    return "\n".join(lines)
+    """Cells against variants; `show` gives the number of questions and an entry."""
+    shown = {(row.cell, row.variant): show(row) for row in rows}
+    cells = list(dict.fromkeys(row.cell for row in rows))
+    counts = {cell: next((shown[cell, v][0] for v in variants), 0) for cell in cells}
+    if len(variants) > len(cells):  # the longer list goes down
+        head = ["policy @ budget", *(f"{cell or 'all'} ({counts[cell]})" for cell in cells)]
+        body = [[str(v), *(shown[cell, v][1] for cell in cells)] for v in variants]
+    else:
+        head = ["task / style / tokens", "questions", *map(str, variants)]
+        body = [
+            [str(cell or "all"), str(counts[cell]), *(shown[cell, v][1] for v in variants)]
+            for cell in cells
+        ]
+    return f"{title}:\n\n{_table(head, body)}"
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(entries)} |" for entries in (head, *body)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])

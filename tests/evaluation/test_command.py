@@ -81,6 +81,14 @@ def test_benchmark_files_are_asked_too(evaluate, tmp_path):
     assert pooled["exact_questions"] == "1"
 
 
+def test_a_prompt_that_the_engine_has_no_room_for_is_named(evaluate, tmp_path, capsys):
+    path = tmp_path / "vt" / "validation.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"input": "word " * 400, "outputs": ["yes"]}) + "\n")
+    assert evaluate("--data", f"ruler:{path}") == 2
+    assert "401 prompt tokens, the engine takes 300: set --max" in capsys.readouterr().err
+
+
 def test_an_absent_benchmark_file_ends_the_run_before_an_engine_starts(evaluate, capsys):
     assert evaluate("--data", "ruler:/absent.jsonl") == 2
     assert "/absent.jsonl does not exist" in capsys.readouterr().err

@@ -67,6 +67,14 @@ def test_each_table_says_how_many_questions_it_rests_on(record):
     assert f"{CELL} | 4 | 0.75, 8, 0.50 |" in traffic
 
 
+def test_the_longer_list_goes_down(record):
+    many = [Variant("random", 128 * n) for n in range(1, 5)]
+    records = [record(seed, v, 1) for seed in range(4) for v in many]
+    *_, exact, _, _ = markdown(summarise(records, [CELL], many, SHAPE), many).split("\n\n| ")
+    assert exact.startswith(f"policy @ budget | {CELL} (4) | all (4) |")
+    assert "\n| random @ 512 | 1.00 (0.51-1.00) | 1.00 (0.51-1.00) |" in exact
+
+
 def test_a_question_that_one_variant_has_not_answered_counts_for_none(record):
     dense, ours = VARIANTS
     records = [record(seed, dense, 1) for seed in range(4)]
