@@ -15,6 +15,7 @@ from ..ops.load import Sizes, make_layer_ops
 from ..resolved import ResolvedConfig, blocks
 from ..types import Geometry
 from ..worker.runtime import Runtime
+from ..worker.tables import rounded_up
 from .backend import platform
 from .resolve import resolve_for_engine
 
@@ -90,8 +91,7 @@ def _sizes(
 ) -> Sizes:
     """Bounds of a batch: by the configuration, and by what the swap pool can hold."""
     config, pages = resolved.config, resolved.num_pages
-    n = geometry.block_size
-    longest = min(blocks(vllm_config.model_config.max_model_len, n), pages)
+    n, tokens = geometry.block_size, vllm_config.model_config.max_model_len
     # A sparse request has a host page for every block of sinks and history.
     covered = resolved.working_set_blocks if config.stay_dense_when_covered else 0
     shortest = resolved.sink_blocks + covered + 1
@@ -99,9 +99,8 @@ def _sizes(
         geometry=geometry,
         device=device,
         max_requests=max(1, min(vllm_config.scheduler_config.max_num_seqs, pages // shortest)),
-        max_pages=max(1, longest),
-        max_sentences=max(
-            1, min(longest * n // config.min_sentence_tokens, pages * geometry.rows_per_page)
-        ),
+        max_pages=rounded_up(min(blocks(tokens, n), pages)),
+        # All sentences of a prompt are told at once; its last one may be short.
+        max_sentences=rounded_up(blocks(tokens, min(config.min_sentence_tokens, n)) + 1),
         max_selected=max(1, resolved.working_set_blocks),
     )

@@ -13,6 +13,7 @@ from ..types import IndexKind, SparseBatch
 from .transfer import upload
 
 CPU = torch.device("cpu")
+WIDTH_STEP = 64  # columns; few distinct widths, so that GPU kernels are compiled few times
 OPTION_COLUMNS = ("index_kind", "reduce", "budget_blocks", "seed", "running_mean_query")
 
 
@@ -26,18 +27,22 @@ class NewSentences:
     kind: IndexKind
 
 
+def rounded_up(columns: int) -> int:
+    return -(-columns // WIDTH_STEP) * WIDTH_STEP
+
+
 class GrowingTable:
     """[num_slots, width] int32 with appended rows; the width doubles on demand."""
 
     def __init__(self, num_slots: int) -> None:
-        self.values = np.zeros((num_slots, 64), np.int32)
+        self.values = np.zeros((num_slots, WIDTH_STEP), np.int32)
         self.counts = np.zeros(num_slots, np.int32)
 
     def append(self, slot: int, items: list[int] | Int32s) -> None:
         first = int(self.counts[slot])
         last = first + len(items)
         if last > self.values.shape[1]:
-            width = max(last, 2 * self.values.shape[1])
+            width = max(rounded_up(last), 2 * self.values.shape[1])
             wider = np.zeros((len(self.values), width), np.int32)
             wider[:, : self.values.shape[1]] = self.values
             self.values = wider
@@ -48,9 +53,8 @@ class GrowingTable:
         return self.values[slot, : self.counts[slot]]
 
     def gather(self, slots: Int32s) -> Int32s:
-        """[S, widest] of the given rows."""
-        width = max(1, int(self.counts[slots].max()))
-        return self.values[slots, :width]
+        """[S, at least the widest] of the given rows; what lies behind a row's count is stale."""
+        return self.values[slots, : max(WIDTH_STEP, rounded_up(int(self.counts[slots].max())))]
 
 
 class Tables:
