@@ -87,6 +87,10 @@ class Impl(SplitImpl, CPUAttentionBackendImpl):
         call.runtime.counters["attend_ns"] += time.perf_counter_ns() - started
 
 
+def prepare(runtime: Runtime) -> None:
+    """Nothing to compile."""
+
+
 def key_offset(cache: Tensor, layer: Any) -> Tensor:
     """Where the keys lie in a head-block of `cache` [B, H, N, 2D]; see `ops.read_keys`."""
     _, _, block_size, content = cache.shape

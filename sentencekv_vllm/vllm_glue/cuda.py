@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from ..triton_kernels.sparse_decode import DecodeScratch, sparse_decode
 from ..worker.plan import StepPlan
 from ..worker.runtime import Runtime
+from ..worker.warm_up import warm_up
 from .impl import SplitImpl
 from .metadata import SparseCall, SplitBuilder
 
@@ -60,35 +61,49 @@ class CudaSparseCall(SparseCall):
     lse: Tensor  # [S, Hq] float32
 
 
+def scratch_for(runtime: Runtime, rows: int, tokens: int) -> DecodeScratch:
+    geometry = runtime.geometry
+    return DecodeScratch.allocate(
+        rows, geometry.num_query_heads, geometry.head_dim, tokens, runtime.device
+    )
+
+
+def sparse_buffers(runtime: Runtime, plan: StepPlan, scratch: DecodeScratch) -> CudaSparseCall:
+    geometry, cache = runtime.geometry, runtime.pools.layers[0].cache
+    shape = (len(plan.rows), geometry.num_query_heads)
+    output = torch.empty(*shape, geometry.head_dim, dtype=cache.dtype, device=cache.device)
+    return CudaSparseCall(runtime, plan, output, scratch, torch.empty(shape, device=cache.device))
+
+
+def attend_sparse(
+    query: Tensor, kv_cache: Tensor, tables: Tensor, call: CudaSparseCall, scale: float
+) -> None:
+    keys, values = kv_cache.chunk(2, dim=-1)
+    sparse_decode(
+        query,
+        keys,
+        values,
+        tables,
+        call.plan.seq_lens,
+        scale,
+        call.scratch,
+        call.output,
+        call.lse,
+    )
+
+
 class MetadataBuilder(SplitBuilder, BASE.get_builder_cls()):  # type: ignore[misc]
     _scratch: DecodeScratch | None = None
     _scratch_size = (0, 0)  # rows, tokens
 
     def sparse_call(self, runtime: Runtime, plan: StepPlan) -> CudaSparseCall:
-        geometry, cache = runtime.geometry, runtime.pools.layers[0].cache
-        count, _, width = plan.out.head_tables.shape
-        heads = geometry.num_query_heads
-        output = torch.empty(
-            count, heads, geometry.head_dim, dtype=cache.dtype, device=cache.device
-        )
-        lse = torch.empty(count, heads, device=cache.device)
-        scratch = self._scratch_for(runtime, count, width * geometry.block_size)
-        return CudaSparseCall(runtime, plan, output, scratch, lse)
-
-    def _scratch_for(self, runtime: Runtime, rows: int, tokens: int) -> DecodeScratch:
-        """The scratch, grown where it is too small: between steps, never between layers."""
-        have = self._scratch_size
+        rows, _, width = plan.out.head_tables.shape
+        tokens, have = width * runtime.geometry.block_size, self._scratch_size
         if self._scratch is None or rows > have[0] or tokens > have[1]:
-            geometry = runtime.geometry
+            # Grown between steps, never between layers.
             self._scratch_size = max(rows, have[0]), max(2 * tokens, have[1])
-            self._scratch = DecodeScratch.allocate(
-                self._scratch_size[0],
-                geometry.num_query_heads,
-                geometry.head_dim,
-                self._scratch_size[1],
-                runtime.device,
-            )
-        return self._scratch
+            self._scratch = scratch_for(runtime, *self._scratch_size)
+        return sparse_buffers(runtime, plan, self._scratch)
 
 
 class Impl(SplitImpl, BASE.get_impl_cls()):  # type: ignore[misc]
@@ -102,18 +117,20 @@ class Impl(SplitImpl, BASE.get_impl_cls()):  # type: ignore[misc]
             )
 
     def attend(self, query: Tensor, kv_cache: Tensor, tables: Tensor, call: CudaSparseCall) -> None:
-        keys, values = kv_cache.chunk(2, dim=-1)
-        sparse_decode(
-            query,
-            keys,
-            values,
-            tables,
-            call.plan.seq_lens,
-            self.scale,
-            call.scratch,
-            call.output,
-            call.lse,
-        )
+        attend_sparse(query, kv_cache, tables, call, self.scale)
+
+
+def prepare(runtime: Runtime) -> None:
+    """Compile the kernels now: no request waits for it, and what cannot run fails at start-up."""
+    geometry, cache = runtime.geometry, runtime.pools.layers[0].cache
+
+    def attend(plan: StepPlan, query: Tensor) -> None:
+        tables = plan.out.head_tables
+        scratch = scratch_for(runtime, 1, tables.shape[2] * geometry.block_size)
+        call = sparse_buffers(runtime, plan, scratch)
+        attend_sparse(query, cache, tables, call, geometry.scale)
+
+    warm_up(runtime, attend)
 
 
 def key_offset(cache: Tensor, layer: Any) -> Tensor:

@@ -66,6 +66,7 @@ def build_runtime(
             "kernels do not fit beside vLLM's KV cache: lower --gpu-memory-utilization, which "
             "leaves them room, --max-num-seqs or host_pool_gib"
         ) from error
+    platform.prepare(runtime)
     logger.info(
         "SentenceKV: %d host pages of %d tokens (%.2f GiB swap pool), %.1f MiB index, ops: %s",
         resolved.num_pages,

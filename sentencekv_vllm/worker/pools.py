@@ -91,6 +91,12 @@ class Pools:
         self.slot_page.index_fill_(1, ids, -1)
         self.slot_stamp.index_fill_(1, ids, -1)
 
+    def reset(self) -> None:
+        """Nothing is resident, and nothing was ever selected."""
+        self.kept.zero_()
+        for table in (self.page_slot, self.slot_page, self.slot_stamp):
+            table.fill_(-1)
+
     def close(self) -> None:
         """Unpin the swap pool, once the device has finished with it."""
         if self.slot_page.is_cuda:

@@ -221,6 +221,16 @@ class Runtime:
         self.counters.clear()
         return taken
 
+    def reset(self) -> None:
+        """Forget every step and request."""
+        self._copies.join()
+        for slot in range(len(self.tables.num_indexed)):
+            self.tables.drop(slot)
+        self.pools.reset()
+        self._step, self._rows, self._plan, self._report = -1, None, None, None
+        self._unsettled.clear()
+        self.counters.clear()
+
     def close(self) -> None:
         """Release the swap pool's pinned memory."""
         self.pools.close()

@@ -286,6 +286,30 @@ def test_dense_rows_of_a_mixed_batch_are_the_stock_rows(monkeypatch):
         assert torch.equal(a[SHORT], b[SHORT]) and torch.equal(a[CHUNK], b[CHUNK])
 
 
+@pytest.mark.slow
+def test_warming_up_runs_every_stage_and_leaves_nothing_behind(monkeypatch):
+    worker = Worker(triton_ops(), 3, monkeypatch)
+    runtime, calls = worker.runtime, []
+    attended = cuda.attend_sparse
+
+    def attend(query, kv_cache, tables, call, scale):
+        attended(query, kv_cache, tables, call, scale)
+        calls.append(call.output)
+
+    monkeypatch.setattr(cuda, "attend_sparse", attend)
+    cuda.prepare(runtime)
+    assert len(calls) == 2 and not any(output.isnan().any() for output in calls)
+    assert not runtime.has_sparse_rows and not runtime.take_counters()
+    assert runtime.take_report() is None and not runtime.tables.pages.counts.any()
+    pools = runtime.pools
+    assert not pools.kept.any() and not worker.caches[0][0].any()
+    assert all((t == -1).all() for t in (pools.page_slot, pools.slot_page, pools.slot_stamp))
+    monkeypatch.setattr(cuda, "attend_sparse", attended)
+    worker.exact[0].copy_(worker.caches[0])  # its private blocks were overwritten
+    for outputs, _ in worker.run([LONG]):
+        assert not outputs[LONG].isnan().any()
+
+
 def test_full_graphs_are_never_captured(monkeypatch):
     worker = Worker(ReferenceOps(), 3, monkeypatch)
     support = get_attn_cg_support(worker.groups, None)

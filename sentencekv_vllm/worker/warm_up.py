@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A made-up request, decoded before there are real ones: GPU kernels are compiled by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..messages import DecodeOptions, RequestUpdate, SparseRows, StepMessage
+from ..types import IndexKind, Reduce
+from .plan import StepPlan
+from .runtime import Runtime
+
+NAME = "warm-up"
+
+
+def warm_up(runtime: Runtime, attend: Callable[[StepPlan, Tensor], None]) -> None:
+    """Copy out, index, rank and attend once for each kind of index, in the first layer.
+
+    Nobody may use the KV cache yet: blocks are overwritten. Pools and tables are as new
+    afterwards.
+
+    Args:
+        attend: the attention of the sparse rows, given the plan and the queries [1, Hq, D].
+    """
+    geometry, tables = runtime.geometry, runtime.tables
+    n, working_set = geometry.block_size, tables.private.shape[1]
+    cache = runtime.pools.layers[0].cache
+    num_pages, num_blocks = runtime.pools.host.shape[1], len(cache)
+    history = min(working_set + 1, num_pages)
+    if num_blocks <= working_set:
+        return  # no request of this engine will be sparse
+    cache[0].normal_()  # any numbers; the null block stands in for all of the history
+    for step, kind in enumerate((IndexKind.TOKEN_BITS, IndexKind.CENTROID)):
+        options = DecodeOptions(
+            index_kind=int(kind),
+            reduce=int(Reduce.SOFTMAX_MEAN),
+            retention=1.0,
+            running_mean_query=kind is IndexKind.CENTROID,
+            budget_blocks=min(working_set, history),
+            seed=0,
+        )
+        pages = [*range(history)]
+        update = RequestUpdate(
+            slot=0,
+            options=options,
+            block_ids=[0] * history,
+            page_ids=pages,
+            row_pages=pages,
+            sentence_ends=np.arange(n, history * n + 1, n, dtype=np.int32),
+            private_blocks=[*range(1, working_set + 1)],
+        )
+        zero = np.zeros(1, np.int32)
+        rows = SparseRows(
+            slots=zero,
+            tail_blocks=zero,
+            history_lo=zero,
+            history_hi=zero + history,
+            seq_lens=zero + history * n + 1,
+            starts_sentence=np.ones(1, np.bool_),
+            request_ids=[NAME],
+        )
+        runtime.apply(StepMessage(step, [0] if step else [], [update], rows, frees=True))
+        runtime.set_batch_order([NAME])
+        plan = runtime.plan(
+            block_table=torch.zeros(1, history + 1, dtype=torch.int32, device=runtime.device),
+            slot_mapping=torch.zeros(1, dtype=torch.int64, device=runtime.device),
+            last_tokens=torch.zeros(1, dtype=torch.int64),
+        )
+        assert plan is not None
+        query = torch.randn(
+            1, geometry.num_query_heads, geometry.head_dim, dtype=cache.dtype, device=runtime.device
+        )
+        runtime.rank(plan, 0, query)
+        attend(plan, query)
+    cache[0].zero_()
+    runtime.reset()
