@@ -67,6 +67,7 @@ def measure(backend: str, contexts: list[int], steps: int, settings: dict[str, A
             kv_cache_memory_bytes=2 * 4096 * (max(contexts) + 4096),
             enable_prefix_caching=False,
             disable_log_stats=True,
+            **options,
         )
     engine = llm.llm_engine
     params = SamplingParams(temperature=0, max_tokens=steps + 1, ignore_eos=True, detokenize=False)
@@ -78,13 +79,15 @@ def measure(backend: str, contexts: list[int], steps: int, settings: dict[str, A
         while not any(out.outputs[0].token_ids for out in engine.step()):
             pass
         first_token = time.perf_counter()
-        times = []
+        times, outputs = [], []
         while engine.has_unfinished_requests():
             before = time.perf_counter()
-            engine.step()
+            outputs += engine.step()
             times.append(time.perf_counter() - before)
+        told = next(out.kv_transfer_params for out in outputs if out.finished) or {}
         # The first steps fill the working set and warm the caches.
         found[context] = {
+            "sparse_steps": told.get("sentencekv", {}).get("sparse_steps", 0),
             "ttft": first_token - started,
             "first_step": times[0],
             "step": statistics.median(times[len(times) // 4 :]),
@@ -133,6 +136,8 @@ def main() -> None:
             for context, times in run(backend, arguments).items():
                 old = best[backend].get(context, times)
                 best[backend][context] = {k: min(v, old[k]) for k, v in times.items()}
+                sparse = backend == "sentencekv" and context >= 8192
+                assert bool(times["sparse_steps"]) == sparse, f"{backend} at {context}: {times}"
     print(f"{'context':>8} {'stock step':>11} {'ours':>9} {'faster':>7}"
           f" {'stock TTFT':>11} {'ours':>9} {'ratio':>6} {'1st step':>9}")  # fmt: skip
     for context in contexts:
