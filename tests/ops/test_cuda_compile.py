@@ -61,7 +61,8 @@ def test_a_kernel_spills_nothing_and_keeps_its_register_bound(report, kernel, ar
 def test_the_library_loads_without_a_gpu_and_needs_no_other_cuda_library() -> None:
     path = build_cuda()
     assert load(path).sentencekv_error_string(1) == b"invalid argument"
-    bare = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # vLLM preloads torch's OpenMP
+    # vLLM preloads torch's OpenMP, which ldd would list.
+    bare = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
     ldd = subprocess.run(["ldd", path], capture_output=True, text=True, check=True, env=bare)
     needed = ldd.stdout
     assert "libcudart" not in needed and "torch" not in needed
