@@ -27,8 +27,6 @@ MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 1024,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
@@ -45,12 +43,15 @@ MODEL = {
 BACKENDS = ("stock", "sentencekv")
 
 
-def measure(backend: str, contexts: list[int], steps: int, settings: dict[str, Any]) -> dict:
+def measure(
+    backend: str, contexts: list[int], steps: int, settings: dict[str, Any], hidden_size: int
+) -> dict:
     """TTFT and decode steps of one engine, in this process; {context: {ttft, step}} in seconds."""
     from vllm import LLM, SamplingParams
 
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(MODEL))
+        width = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size}
+        Path(folder, "config.json").write_text(json.dumps(MODEL | width))
         options: dict[str, Any] = {}
         if backend == "sentencekv":
             options["attention_backend"] = "sentencekv"
@@ -104,7 +105,7 @@ def run(backend: str, arguments: argparse.Namespace) -> dict[int, dict[str, floa
     }
     command = [sys.executable, "-P", __file__, "--measure", backend]
     command += ["--contexts", arguments.contexts, "--steps", str(arguments.steps)]
-    command += ["--settings", arguments.settings]
+    command += ["--settings", arguments.settings, "--hidden-size", str(arguments.hidden_size)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"the {backend} engine failed:\n{result.stderr[-4000:]}")
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--contexts", default="4096,8192,32768")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--hidden-size", type=int, default=512, help="width of the model")
     parser.add_argument(
         "--settings", default='{"host_pool_gib": 1.0, "segmenter": "fixed"}', help="as JSON"
     )
@@ -127,7 +129,8 @@ def main() -> None:
     contexts = [int(c) for c in arguments.contexts.split(",")]
     if arguments.measure:
         settings = json.loads(arguments.settings)
-        found = measure(arguments.measure, contexts, arguments.steps, settings)
+        width = arguments.hidden_size
+        found = measure(arguments.measure, contexts, arguments.steps, settings, width)
         print("RESULT " + json.dumps(found))
         return
     best: dict[str, dict[int, dict[str, float]]] = {b: {} for b in BACKENDS}
