@@ -10,9 +10,10 @@ from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
 from .policies import POLICIES, Grouping, SelectionPolicy
-from .types import IndexKind, Reduce
+from .types import IndexKind, QueryKind, Reduce
 
 INDEX_NAMES = {kind.name.lower(): kind for kind in IndexKind}
+QUERY_NAMES = {query.name.lower(): query for query in QueryKind}
 REDUCE_NAMES = {reduce.name.lower(): reduce for reduce in Reduce}
 
 
@@ -86,7 +87,7 @@ class SentenceKVConfig:
     """With `grouping`, `query`, `head_reduce` and `retention`: in place of the policy's own; None
     keeps it."""
     grouping: str | None = _option(None, choices=get_args(Grouping))
-    query: str | None = _option(None, choices=("current", "running_mean"))
+    query: str | None = _option(None, choices=tuple(QUERY_NAMES))
     head_reduce: str | None = _option(None, choices=tuple(REDUCE_NAMES))
     retention: float | None = _option(None, low=0)
 
@@ -141,7 +142,7 @@ class SentenceKVConfig:
         changes: dict[str, Any] = {
             "index": None if self.index is None else INDEX_NAMES[self.index],
             "grouping": self.grouping,
-            "query": self.query,
+            "query": None if self.query is None else QUERY_NAMES[self.query],
             "reduce": None if self.head_reduce is None else REDUCE_NAMES[self.head_reduce],
             "retention": self.retention,
         }

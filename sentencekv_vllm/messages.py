@@ -23,7 +23,7 @@ class DecodeOptions:
     index_kind: int  # types.IndexKind
     reduce: int  # types.Reduce
     retention: float
-    running_mean_query: bool  # rank by the mean query of the open sentence
+    query_kind: int  # types.QueryKind
     budget_blocks: int  # head-blocks of history selected per KV head and step
     seed: int
     block_groups: bool = False  # a group is a KV block, not a sentence
@@ -51,7 +51,7 @@ class SparseRows:
     history_lo: Int32s  # [S]
     history_hi: Int32s  # [S]
     seq_lens: Int32s  # [S] tokens of the request, this step's included
-    starts_sentence: npt.NDArray[np.bool_]  # [S] the token opens a sentence
+    restarts: npt.NDArray[np.bool_]  # [S] ranks by its own query: what came before is forgotten
     request_ids: list[str] = field(default_factory=list)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from .config import INDEX_NAMES, REDUCE_NAMES, closest
+from .config import INDEX_NAMES, QUERY_NAMES, REDUCE_NAMES, closest
 from .policies import POLICIES, Grouping, SelectionPolicy
 from .resolved import ResolvedConfig
 
@@ -16,7 +16,7 @@ SWITCH, POLICY, BUDGET = "sentencekv", "sentencekv_policy", "sentencekv_token_bu
 RANKING: dict[str, tuple[str, Mapping[str, Any] | None]] = {
     "sentencekv_index": ("index", INDEX_NAMES),
     "sentencekv_grouping": ("grouping", {name: name for name in get_args(Grouping)}),
-    "sentencekv_query": ("query", {"current": "current", "running_mean": "running_mean"}),
+    "sentencekv_query": ("query", QUERY_NAMES),
     "sentencekv_head_reduce": ("reduce", REDUCE_NAMES),
     "sentencekv_retention": ("retention", None),  # a number
 }

@@ -32,6 +32,14 @@ class Reduce(IntEnum):
     MEAN = 2  # mean logit, which for centroids is the mean query's
 
 
+class QueryKind(IntEnum):
+    """The query that ranks."""
+
+    CURRENT = 0  # of the token being decoded
+    RUNNING_MEAN = 1  # mean over the tokens of the open sentence
+    PREVIOUS = 2  # of the decode step before: known before the layer is reached
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Shapes of one worker's share of the model and of a page."""

@@ -9,7 +9,7 @@ from sentencekv_vllm.config import SentenceKVConfig
 from sentencekv_vllm.policies import POLICIES
 from sentencekv_vllm.request_options import RequestOptions, RequestOptionsError
 from sentencekv_vllm.resolved import ResolvedConfig, resolve
-from sentencekv_vllm.types import IndexKind, Reduce
+from sentencekv_vllm.types import IndexKind, QueryKind, Reduce
 
 
 def server(**settings: object) -> ResolvedConfig:
@@ -66,7 +66,7 @@ def test_the_ranking_can_be_taken_apart():
     }
     policy = RequestOptions.parse(extra, server()).policy
     found = (policy.index, policy.grouping, policy.query, policy.reduce, policy.retention)
-    assert found == (IndexKind.CENTROID, "blocks", "running_mean", Reduce.MAX, 0.0)
+    assert found == (IndexKind.CENTROID, "blocks", QueryKind.RUNNING_MEAN, Reduce.MAX, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,7 @@ def test_the_ranking_can_be_taken_apart():
         ({"sentencekv_policy": "quest"}, ["'quest'", "2 vectors", "index_vectors of 2"]),
         ({"sentencekv_index": "mean_std"}, ["'mean_std'", "index_vectors of 2"]),
         ({"sentencekv_grouping": "page"}, ["sentencekv_grouping", "sentences, blocks"]),
+        ({"sentencekv_query": "last"}, ["sentencekv_query", "running_mean, previous"]),
         ({"sentencekv_index": "centroids"}, ["did you mean 'centroid'?"]),
         ({"sentencekv_retention": "5"}, ["sentencekv_retention", "number", "'5'"]),
         ({"sentencekv_retention": float("inf")}, ["sentencekv_retention", "inf"]),

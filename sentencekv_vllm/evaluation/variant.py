@@ -23,6 +23,7 @@ ABLATION: dict[str, Options] = {
     | {"sentencekv_query": "running_mean", "sentencekv_head_reduce": "mean"},
     "mean key, current": _MEAN_KEY | {"sentencekv_head_reduce": "softmax_mean"},
     "1-bit, running mean": _BITS | {"sentencekv_query": "running_mean", "sentencekv_retention": 0},
+    "1-bit, previous, retention 5": _BITS | {"sentencekv_query": "previous"},
     "1-bit, current, mean": _BITS | {"sentencekv_head_reduce": "mean", "sentencekv_retention": 0},
     "1-bit, current, max": _BITS | {"sentencekv_head_reduce": "max", "sentencekv_retention": 0},
     **{

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every policy by the name that the user types."""
 
-from .base import Grouping, Query, SelectionPolicy
+from .base import Grouping, SelectionPolicy
 from .full import FULL
 from .mean_std import MEAN_STD
 from .quest import QUEST
@@ -20,4 +20,4 @@ POLICIES: dict[str, SelectionPolicy] = {
     "random": RANDOM,
 }
 
-__all__ = ["POLICIES", "Grouping", "Query", "SelectionPolicy"]
+__all__ = ["POLICIES", "Grouping", "SelectionPolicy"]

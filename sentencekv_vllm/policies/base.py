@@ -6,10 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..types import IndexKind, Reduce
+from ..types import IndexKind, QueryKind, Reduce
 
 Grouping = Literal["sentences", "blocks"]
-Query = Literal["current", "running_mean"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,8 @@ class SelectionPolicy:
         index: what a group is scored by; None where nothing is ranked.
         grouping: a group is a `sentences` entry of the segmenter, or one of the KV `blocks`,
             for which no segmenter runs. What is said of sentences elsewhere holds for both.
-        query: `current` ranks by the query of the token being decoded, `running_mean` by the
-            mean query of the group being written.
+        query: of the token being decoded, the mean over the group being written, or of the
+            decode step before.
         reduce: how a GQA group's scores become one per KV head.
         retention: bonus, in log-probability where `reduce` is SOFTMAX_MEAN and in units of
             the logits otherwise, for groups that the step before selected.
@@ -32,7 +31,7 @@ class SelectionPolicy:
 
     name: str
     index: IndexKind | None
-    query: Query = "current"
+    query: QueryKind = QueryKind.CURRENT
     reduce: Reduce = Reduce.MEAN
     retention: float = 0.0
     selects: bool = True

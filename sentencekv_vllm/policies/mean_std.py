@@ -9,7 +9,6 @@ from .base import SelectionPolicy
 MEAN_STD = SelectionPolicy(
     name="mean-std",
     index=IndexKind.MEAN_STD,
-    query="current",
     reduce=Reduce.SOFTMAX_MEAN,
 )
 """A sentence is worth `<q, mean> + 2 sqrt(<q^2, variance>)`: a good guess at its best token.

@@ -9,7 +9,6 @@ from .base import SelectionPolicy
 QUEST = SelectionPolicy(
     name="quest",
     index=IndexKind.BOUNDS,
-    query="current",
     reduce=Reduce.MEAN,
     grouping="blocks",
 )

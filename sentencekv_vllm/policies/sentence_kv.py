@@ -9,7 +9,6 @@ from .base import SelectionPolicy
 SENTENCE_KV = SelectionPolicy(
     name="sentencekv",
     index=IndexKind.TOKEN_BITS,
-    query="current",
     reduce=Reduce.SOFTMAX_MEAN,
     retention=5.0,
 )

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from ..types import IndexKind, Reduce
+from ..types import IndexKind, QueryKind, Reduce
 from .base import SelectionPolicy
 
 SENTENCE_KV_PAPER = SelectionPolicy(
     name="sentencekv-paper",
     index=IndexKind.CENTROID,
-    query="running_mean",
+    query=QueryKind.RUNNING_MEAN,
     reduce=Reduce.MEAN,
 )
 """A sentence is worth the product of its mean key and the mean query of the open sentence.

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from ..messages import Int32s, StepMessage, StepReport
+from ..types import QueryKind
 from .limits import Limits
 from .outbox import has_news, sparse_rows, take_update
 from .page_pool import PagePool
@@ -176,11 +177,11 @@ class Ledger:
             for request_id, computed in scheduled.items()
             if (state := self.states.get(request_id)) is not None and state.memory.sparse
         ]
-        starts = [self._starts_sentence(state, computed) for state, computed in rows]
+        restarts = [self._restarts_query(state, computed) for state, computed in rows]
         for state, _ in rows:
             state.sparse_steps += 1
             state.memory.decoded_sparse = True
-        sparse = sparse_rows(rows, starts, block_id, self.limits.block_size) if rows else None
+        sparse = sparse_rows(rows, restarts, block_id, self.limits.block_size) if rows else None
         return StepMessage(self._step, dropped, updates, sparse, frees)
 
     def report(self, report: StepReport) -> None:
@@ -341,12 +342,13 @@ class Ledger:
         sentences = len(state.ends) if self._segmented(state, processed=0) else 0
         return max(prompt // self.limits.block_size, -(-sentences // self.limits.rows_per_page))
 
-    def _starts_sentence(self, state: RequestState, computed: int) -> bool:
+    def _restarts_query(self, state: RequestState, computed: int) -> bool:
+        """Whether the step ranks by its own query alone (where it would look back at all)."""
         assert state.options is not None
-        if not state.options.running_mean_query:
-            return False
         if not state.memory.decoded_sparse:
             return True
+        if state.options.query_kind != QueryKind.RUNNING_MEAN:
+            return False
         if state.block_groups:
             return computed % self.limits.block_size == 0
         return self.segmentation.is_boundary(int(state.tokens(computed - 1, computed)[0]))

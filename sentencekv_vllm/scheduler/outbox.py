@@ -39,7 +39,7 @@ def take_update(state: RequestState) -> RequestUpdate:
 
 def sparse_rows(
     rows: Sequence[tuple[RequestState, int]],
-    starts_sentence: Sequence[bool],
+    restarts: Sequence[bool],
     block_id: Callable[[str, int], int],
     block_size: int,
 ) -> SparseRows:
@@ -47,7 +47,7 @@ def sparse_rows(
 
     Args:
         rows: requests with their computed tokens before the step.
-        starts_sentence: for each, whether its token opens a sentence.
+        restarts: for each, see `SparseRows`.
         block_id: id of a request's j-th block.
         block_size: tokens.
     """
@@ -61,6 +61,6 @@ def sparse_rows(
         history_lo=column(s.memory.history_lo for s, _ in rows),
         history_hi=column(s.memory.history_hi for s, _ in rows),
         seq_lens=column(c + 1 for _, c in rows),
-        starts_sentence=np.asarray(starts_sentence, np.bool_),
+        restarts=np.asarray(restarts, np.bool_),
         request_ids=[s.request_id for s, _ in rows],
     )

@@ -129,7 +129,7 @@ class SchedulerSide:
             index_kind=int(policy.index or 0),
             reduce=int(policy.reduce),
             retention=policy.retention,
-            running_mean_query=policy.query == "running_mean",
+            query_kind=int(policy.query),
             budget_blocks=wanted.budget_blocks,
             seed=(params.seed or 0) % 2**31 if params is not None else 0,
             block_groups=policy.grouping == "blocks",

@@ -28,7 +28,10 @@ class StepPlan:
     out: DecodeOutputs
     tallies: Tallies  # what `out` adds up
     running: Tensor | None  # [S] bool: ranks by the running mean query; None: nobody does
-    starts: Tensor  # [S] bool: the token opens a sentence
+    previous: Tensor | None  # [S] bool: ranks by the query of the step before; None: nobody does
+    restarts: (
+        Tensor  # [S] bool: the query of this step is the first of the mean, or has none before
+    )
 
 
 def table_width(rows: SparseRows, budget: Int32s, block_size: int) -> int:

@@ -17,14 +17,14 @@ class QueryMean:
         self._sums: dict[int, Tensor] = {}
         self._counts: dict[int, Tensor] = {}
 
-    def add(self, layer: int, slots: Tensor, query: Tensor, starts: Tensor) -> Tensor:
+    def add(self, layer: int, slots: Tensor, query: Tensor, restarts: Tensor) -> Tensor:
         """Add this step's queries and return the means.
 
         Args:
             layer: index of the layer.
             slots: [S] int64.
             query: [S, Hq, D].
-            starts: [S] bool: the token opens a sentence, so the mean starts anew.
+            restarts: [S] bool: the mean starts anew, with a sentence or with the request.
 
         Returns:
             [S, Hq, D] float32.
@@ -33,8 +33,8 @@ class QueryMean:
             self._sums[layer] = torch.zeros(self._shape, device=query.device)
             self._counts[layer] = torch.zeros(self._shape[0], device=query.device)
         # Not a product with 0 or 1: a former owner of the slot may have left a NaN.
-        sums = self._sums[layer][slots].masked_fill(starts[:, None, None], 0) + query.float()
-        counts = self._counts[layer][slots].masked_fill(starts, 0) + 1
+        sums = self._sums[layer][slots].masked_fill(restarts[:, None, None], 0) + query.float()
+        counts = self._counts[layer][slots].masked_fill(restarts, 0) + 1
         self._sums[layer][slots] = sums
         self._counts[layer][slots] = counts
         return sums / counts[:, None, None]

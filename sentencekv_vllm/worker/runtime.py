@@ -14,11 +14,12 @@ from torch import Tensor
 from ..messages import Int32s, SparseRows, StepMessage, StepReport
 from ..ops.layer_ops import DecodeOutputs, LayerOps
 from ..ops.rotation import rotation
-from ..types import Geometry
+from ..types import Geometry, QueryKind
 from .copy_stream import CopyStream, copy_stream
 from .plan import StepPlan, head_tables, table_width
 from .pools import Pools
 from .query_mean import QueryMean
+from .query_previous import QueryPrevious
 from .tables import Tables
 from .transfer import Array, Tallies, upload
 
@@ -67,6 +68,7 @@ class Runtime:
             self.device,
         )
         self.query_mean = QueryMean(geometry, num_slots)
+        self.query_previous = QueryPrevious(geometry, num_slots)
         self.counters: Counter[str] = Counter()
         self.rotation = rotation(geometry.head_dim).to(self.device)
         self._copies = copies or copy_stream(self.device)
@@ -151,10 +153,12 @@ class Runtime:
             found = self._find_by_tail(rows.tail_blocks, slot_mapping, last_tokens)
         batch = self.tables.batch(rows, self._step)
         options = self.tables.options
-        running = options["running_mean_query"][rows.slots].astype(bool)
+        query_kind = options["query_kind"][rows.slots]
+        running = query_kind == QueryKind.RUNNING_MEAN
+        previous = query_kind == QueryKind.PREVIOUS
         arrays = [found, last_tokens.numpy()[found], rows.slots.astype(np.int64)]
-        index, tokens, slots, seq_lens, is_running, starts = upload(
-            [*arrays, rows.seq_lens, running, rows.starts_sentence], self.device
+        index, tokens, slots, seq_lens, is_running, is_previous, restarts = upload(
+            [*arrays, rows.seq_lens, running, previous, rows.restarts], self.device
         )
         budget = np.minimum(options["budget_blocks"][rows.slots], rows.history_hi - rows.history_lo)
         tables, lengths = head_tables(
@@ -179,7 +183,8 @@ class Runtime:
             ),
             tallies=tallies,
             running=is_running if running.any() else None,
-            starts=starts,
+            previous=is_previous if previous.any() else None,
+            restarts=restarts,
         )
         return self._plan
 
@@ -200,13 +205,21 @@ class Runtime:
         Args:
             query: [S, Hq, D] contiguous, the current queries.
         """
-        if plan.running is not None:
-            mean = self.query_mean.add(layer, plan.slots, query, plan.starts)
-            query = torch.where(plan.running[:, None, None], mean, query.float())
+        ranking = self._ranking_query(plan, layer, query)
         self.ops.decode_layer(
-            self.geometry, self.pools.layers[layer], plan.batch, query, self.rotation, plan.out
+            self.geometry, self.pools.layers[layer], plan.batch, ranking, self.rotation, plan.out
         )
         return plan.out.head_tables
+
+    def _ranking_query(self, plan: StepPlan, layer: int, query: Tensor) -> Tensor:
+        ranking = query
+        if plan.previous is not None:
+            before = self.query_previous.exchange(layer, plan.slots, query, plan.restarts)
+            ranking = torch.where(plan.previous[:, None, None], before, query)
+        if plan.running is not None:
+            mean = self.query_mean.add(layer, plan.slots, query, plan.restarts)
+            ranking = torch.where(plan.running[:, None, None], mean, ranking.float())
+        return ranking
 
     def take_report(self) -> StepReport | None:
         """What the last booked step selected, once."""

@@ -14,7 +14,7 @@ from .transfer import upload
 
 CPU = torch.device("cpu")
 WIDTH_STEP = 64  # columns; few distinct widths, so that GPU kernels are compiled few times
-OPTION_COLUMNS = ("index_kind", "reduce", "budget_blocks", "seed", "running_mean_query")
+OPTION_COLUMNS = ("index_kind", "reduce", "budget_blocks", "seed", "query_kind")
 
 
 @dataclass(frozen=True)

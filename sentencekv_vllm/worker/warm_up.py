@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..messages import DecodeOptions, RequestUpdate, SparseRows, StepMessage
-from ..types import IndexKind, Reduce
+from ..types import IndexKind, QueryKind, Reduce
 from .plan import StepPlan
 from .runtime import Runtime
 
@@ -34,12 +34,13 @@ def warm_up(runtime: Runtime, attend: Callable[[StepPlan, Tensor], None]) -> Non
     if num_blocks <= working_set:
         return  # no request of this engine will be sparse
     cache[0].normal_()  # any numbers; the null block stands in for all of the history
-    for step, kind in enumerate((IndexKind.TOKEN_BITS, IndexKind.CENTROID)):
+    kinds = (IndexKind.TOKEN_BITS, QueryKind.PREVIOUS), (IndexKind.CENTROID, QueryKind.RUNNING_MEAN)
+    for step, (kind, query_kind) in enumerate(kinds):
         options = DecodeOptions(
             index_kind=int(kind),
             reduce=int(Reduce.SOFTMAX_MEAN),
             retention=1.0,
-            running_mean_query=kind is IndexKind.CENTROID,
+            query_kind=int(query_kind),
             budget_blocks=min(working_set, history),
             seed=0,
         )
@@ -60,7 +61,7 @@ def warm_up(runtime: Runtime, attend: Callable[[StepPlan, Tensor], None]) -> Non
             history_lo=zero,
             history_hi=zero + history,
             seq_lens=zero + history * n + 1,
-            starts_sentence=np.ones(1, np.bool_),
+            restarts=np.ones(1, np.bool_),
             request_ids=[NAME],
         )
         runtime.apply(StepMessage(step, [0] if step else [], [update], rows, frees=True))

@@ -150,7 +150,7 @@ class Worker:
                 index_kind=0,
                 reduce=0,
                 retention=1.0,
-                running_mean_query=False,
+                query_kind=0,
                 budget_blocks=self.budget,
                 seed=0,
             )

@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 
 from sentencekv_vllm.policies import POLICIES
-from sentencekv_vllm.types import IndexKind, Reduce
+from sentencekv_vllm.types import IndexKind, QueryKind, Reduce
 
 MODULES = {
     "sentencekv": "sentence_kv",
@@ -36,7 +36,7 @@ def test_the_paper_ranks_by_mean_keys_and_the_running_mean_query():
     policy = POLICIES["sentencekv-paper"]
     assert (policy.index, policy.query, policy.reduce, policy.retention) == (
         IndexKind.CENTROID,
-        "running_mean",
+        QueryKind.RUNNING_MEAN,
         Reduce.MEAN,
         0.0,
     )
@@ -46,7 +46,7 @@ def test_the_default_ranks_tokens_by_the_current_query_and_moves_little():
     policy = POLICIES["sentencekv"]
     assert (policy.index, policy.query, policy.reduce, policy.retention) == (
         IndexKind.TOKEN_BITS,
-        "current",
+        QueryKind.CURRENT,
         Reduce.SOFTMAX_MEAN,
         5.0,
     )
@@ -56,7 +56,7 @@ def test_quest_ranks_blocks_by_their_bounds_and_everything_else_ranks_sentences(
     policy = POLICIES["quest"]
     assert (policy.index, policy.query, policy.reduce, policy.retention) == (
         IndexKind.BOUNDS,
-        "current",
+        QueryKind.CURRENT,
         Reduce.MEAN,
         0.0,
     )
@@ -67,7 +67,7 @@ def test_mean_std_ranks_sentences_by_two_vectors():
     policy = POLICIES["mean-std"]
     assert (policy.index, policy.query, policy.reduce, policy.retention) == (
         IndexKind.MEAN_STD,
-        "current",
+        QueryKind.CURRENT,
         Reduce.SOFTMAX_MEAN,
         0.0,
     )

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from sentencekv_vllm.messages import DecodeOptions
+from sentencekv_vllm.types import QueryKind
 
 PROMPT = 101  # 25 full blocks of 4 and one token
 OPTIONS = DecodeOptions(0, 0, 5.0, False, 3, 0)
@@ -18,7 +19,7 @@ class AsyncScheduler:
 
     def __init__(self, sim):
         self.sim, self.running, self.computed = sim, (0, 0), 0
-        sim.add("a", PROMPT, options=replace(OPTIONS, running_mean_query=True))
+        sim.add("a", PROMPT, options=replace(OPTIONS, query_kind=int(QueryKind.RUNNING_MEAN)))
         self.request, self.state = sim.requests["a"], sim.ledger.states["a"]
         known = self.state.tokens
 

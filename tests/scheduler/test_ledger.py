@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sentencekv_vllm.messages import DecodeOptions, StepReport
 from sentencekv_vllm.scheduler.reasons import Reason
+from sentencekv_vllm.types import QueryKind
 
 PROMPT = 101  # 25 full blocks of 4 and one token
 OPTIONS = DecodeOptions(0, 0, 5.0, False, 3, 0)
@@ -335,11 +336,18 @@ def test_block_groups_need_no_segmentation_and_end_with_the_blocks(simulate, chu
 
 def test_the_mean_query_of_a_block_group_starts_with_its_block(simulate):
     sim = simulate()
-    sim.add("a", PROMPT, options=replace(BLOCK_GROUPS, running_mean_query=True))
+    sim.add("a", PROMPT, options=replace(BLOCK_GROUPS, query_kind=int(QueryKind.RUNNING_MEAN)))
     sim.prefill("a")
-    starts = [bool(sim.step("a", 1).sparse.starts_sentence[0]) for _ in range(9)]
+    starts = [bool(sim.step("a", 1).sparse.restarts[0]) for _ in range(9)]
     first = PROMPT  # position of the first token decoded
     assert starts == [True] + [(first + i) % 4 == 0 for i in range(1, 9)]
+
+
+def test_the_previous_query_is_missing_in_the_first_sparse_step_only(simulate):
+    sim = simulate()
+    sim.add("a", PROMPT, options=replace(BLOCK_GROUPS, query_kind=int(QueryKind.PREVIOUS)))
+    sim.prefill("a")
+    assert [bool(sim.step("a", 1).sparse.restarts[0]) for _ in range(9)] == [True] + [False] * 8
 
 
 MOVES = st.lists(

@@ -10,7 +10,7 @@ import torch
 from sentencekv_vllm.messages import DecodeOptions, RequestUpdate, SparseRows, StepMessage
 from sentencekv_vllm.ops.layer_ops import ReferenceOps
 from sentencekv_vllm.ops.sparse_decode import sparse_decode
-from sentencekv_vllm.types import Geometry, IndexKind, Reduce
+from sentencekv_vllm.types import Geometry, IndexKind, QueryKind, Reduce
 from sentencekv_vllm.worker.runtime import Runtime
 
 N, D, HEADS, GROUP = 8, 16, 2, 2
@@ -48,7 +48,7 @@ def options(**changes) -> DecodeOptions:
         "index_kind": int(IndexKind.TOKEN_BITS),
         "reduce": int(Reduce.SOFTMAX_MEAN),
         "retention": 5.0,
-        "running_mean_query": False,
+        "query_kind": int(QueryKind.CURRENT),
         "budget_blocks": BUDGET,
         "seed": 0,
     }
@@ -246,7 +246,7 @@ def test_pages_and_blocks_of_a_former_owner_are_no_hits():
 
 
 def test_only_requests_that_ask_for_it_rank_by_the_running_mean():
-    def last_tables(running):
+    def last_tables(query_kind):
         runtime = make_runtime(BUDGET)
         message = turning_sparse(
             0,
@@ -256,14 +256,14 @@ def test_only_requests_that_ask_for_it_rank_by_the_running_mean():
             index_kind=int(IndexKind.CENTROID),
             reduce=int(Reduce.MEAN),
             retention=0.0,
-            running_mean_query=running,
+            query_kind=int(query_kind),
         )
         runtime.apply(message)
         queries = torch.randn(2, 1, HEADS * GROUP, D, generator=torch.Generator().manual_seed(5))
         for step, query in enumerate([-30 * queries[0], queries[1]]):
             if step:
                 sparse = rows([0], [14])
-                sparse.starts_sentence[:] = False
+                sparse.restarts[:] = False
                 runtime.apply(StepMessage(2, sparse=sparse))
             plan = plan_of(runtime, [14], [[*range(1, 15)]])
             runtime.rank(plan, 0, query)
@@ -273,4 +273,54 @@ def test_only_requests_that_ask_for_it_rank_by_the_running_mean():
             for h in range(HEADS)
         ]
 
-    assert last_tables(True) != last_tables(False), "-30 q0 outweighs q1 in the mean"
+    mean, current = last_tables(QueryKind.RUNNING_MEAN), last_tables(QueryKind.CURRENT)
+    assert mean != current, "-30 q0 outweighs q1 in the mean"
+
+
+def selections(kinds, queries, retention=5.0):
+    """Pages that each request selects, [step][layer][request][head], by the given query kinds."""
+    runtime = make_runtime(BUDGET)
+    blocks = [[*range(1, 15)], [*range(21, 35)]]
+    updates = [
+        turning_sparse(
+            s, ids, [*range(14 * s, 14 * s + 14)], [40 + 3 * s, 41 + 3 * s, 42 + 3 * s],
+            query_kind=int(kinds[s]), retention=retention,
+        ).updates[0]
+        for s, ids in enumerate(blocks)
+    ]  # fmt: skip
+    found = []
+    for step, layers in enumerate(queries):
+        sparse = rows([0, 1], [14, 34])
+        sparse.restarts[:] = step == 0
+        runtime.apply(StepMessage(step + 1, [], [] if step else updates, sparse))
+        plan = plan_of(runtime, [14, 34], blocks)
+        found.append([])
+        for layer, query in enumerate(layers):
+            slots = runtime.rank(plan, layer, query)[:, :, 1 : 1 + BUDGET].long() // HEADS
+            pages = runtime.pools.layers[layer].slot_page
+            found[-1].append(
+                [[pages[slots[s, h], h].tolist() for h in range(HEADS)] for s in range(2)]
+            )
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_previous_selects_at_each_step_what_current_selects_at_the_step_before(dtype):
+    generator = torch.Generator().manual_seed(5)
+    queries = (3 * torch.randn(6, 2, 2, HEADS * GROUP, D, generator=generator)).to(dtype)
+    late = torch.cat((queries[:1], queries[:-1]))  # the first step has no query before its own
+    current, previous = QueryKind.CURRENT, QueryKind.PREVIOUS
+    assert selections([previous] * 2, queries) == selections([current] * 2, late)
+    assert selections([previous] * 2, queries) != selections([current] * 2, queries)
+
+
+def test_query_kinds_of_one_batch_do_not_meet():
+    generator = torch.Generator().manual_seed(6)
+    queries = 3 * torch.randn(5, 2, 2, HEADS * GROUP, D, generator=generator)
+    kinds = [*QueryKind]
+    alone = {kind: selections([kind] * 2, queries) for kind in kinds}
+    for first, second in ((a, b) for a in kinds for b in kinds if a != b):
+        for step, layers in enumerate(selections([first, second], queries)):
+            for layer, (one, other) in enumerate(layers):
+                assert one == alone[first][step][layer][0], (first, second)
+                assert other == alone[second][step][layer][1], (first, second)

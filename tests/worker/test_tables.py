@@ -13,7 +13,7 @@ from sentencekv_vllm.worker.tables import Tables
 
 BLOCK, ROWS = 4, 2
 OPTIONS = DecodeOptions(
-    index_kind=1, reduce=2, retention=5.0, running_mean_query=True, budget_blocks=6, seed=11
+    index_kind=1, reduce=2, retention=5.0, query_kind=1, budget_blocks=6, seed=11
 )
 
 
