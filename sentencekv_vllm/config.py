@@ -83,6 +83,10 @@ class SentenceKVConfig:
     """Vectors a sentence row has room for. 2 lets requests ask for the policies `quest` and
     `mean-std`; None: what the server's own policy needs."""
 
+    index_channels: int | None = _option(None, low=8)
+    """Rotated channels of a key that the 1-bit index keeps, a multiple of 8; None: all. Fewer
+    make the index smaller and its estimates noisier."""
+
     index: str | None = _option(None, choices=tuple(INDEX_NAMES))
     """With `grouping`, `query`, `head_reduce` and `retention`: in place of the policy's own; None
     keeps it."""

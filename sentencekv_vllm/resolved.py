@@ -26,6 +26,7 @@ class ResolvedConfig:
     block_size: int  # tokens
     rows_per_page: int  # sentence rows that come with a page
     index_vectors: int  # that a row has room for
+    index_dim: int  # rotated channels whose sign is kept
     sink_blocks: int
     recent_blocks: int  # full blocks that the recent window may touch
     working_set_blocks: int  # R: private blocks of a sparse request
@@ -96,7 +97,8 @@ def resolve(
     rows_per_page = max(1, block_size // config.sentence_tokens_per_row)
     head_blocks = num_layers * num_kv_heads
     page_bytes = head_blocks * 2 * block_size * head_dim * dtype_size
-    bits_and_scales = block_size * (head_dim // 8 + 2)
+    index_dim = _index_dim(config, head_dim)
+    bits_and_scales = block_size * (index_dim // 8 + 2)
     policy = config.selection_policy
     needed = 1 if policy.index is None else policy.index.vectors
     vectors = config.index_vectors or needed
@@ -109,6 +111,7 @@ def resolve(
         block_size=block_size,
         rows_per_page=rows_per_page,
         index_vectors=vectors,
+        index_dim=index_dim,
         sink_blocks=blocks(config.num_sink_tokens, block_size),
         recent_blocks=blocks(config.recent_window, block_size),
         working_set_blocks=-(-5 * history // 4) if wanted is None else blocks(wanted, block_size),
@@ -120,6 +123,17 @@ def resolve(
         _check_budget(resolved)
         _check_host_pool(resolved)
     return resolved
+
+
+def _index_dim(config: SentenceKVConfig, head_dim: int) -> int:
+    channels = head_dim if config.index_channels is None else config.index_channels
+    if channels % 8 or channels > head_dim:
+        fix = min(8 * -(-channels // 8), head_dim)
+        raise ConfigError(
+            f"index_channels {channels} is no multiple of 8 up to this model's head_dim "
+            f"{head_dim}: set it to {fix}"
+        )
+    return channels
 
 
 def _history_blocks(config: SentenceKVConfig, token_budget: int, block_size: int) -> int:

@@ -52,6 +52,11 @@ class Geometry:
     rows_per_page: int  # sentence rows (centroid, retention flag) that come with a page
     scale: float  # softmax scale of the attention
     vectors_per_row: int = 1  # 2: with room for IndexKind.BOUNDS and MEAN_STD
+    index_channels: int | None = None  # rotated channels that TOKEN_BITS keeps; None: all
+
+    @property
+    def index_dim(self) -> int:
+        return self.head_dim if self.index_channels is None else self.index_channels
 
     @property
     def num_query_heads(self) -> int:
@@ -67,12 +72,12 @@ class Geometry:
 class LayerPools:
     """The memory of one layer. All tensors are views that outlive every request.
 
-    P pages, B vLLM blocks, H KV heads, N tokens a block, D head_dim, M rows a page.
+    P pages, B vLLM blocks, H KV heads, N tokens a block, D head_dim, E index_dim, M rows a page.
     """
 
     cache: Tensor  # [B, H, N, 2D] vLLM's KV cache of this layer, head-major
     host: Tensor  # [P, H, N, 2D] swap pool; a page is a byte copy of a block
-    bits: Tensor  # [P, H, D / 8, N] uint8: bit j of byte (i, t) is the sign of channel 8i + j
+    bits: Tensor  # [P, H, E / 8, N] uint8: bit j of byte (i, t) is the sign of channel 8i + j
     scales: Tensor  # [P, H, N] bfloat16
     centroids: Tensor  # [P * M, H, D] bfloat16, one row per sentence: see ops.index_sentences
     kept: Tensor  # [P * M, H] uint8: the sentence was selected at the step before

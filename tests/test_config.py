@@ -168,11 +168,23 @@ def test_room_for_two_vectors_is_made_where_it_is_needed_or_asked_for():
     assert quest.index_page_bytes - default.index_page_bytes == vector
 
 
+@pytest.mark.parametrize("channels", [12, 68, 72, 7])
+def test_a_part_of_the_channels_is_whole_bytes_of_the_models(channels):
+    with pytest.raises(ConfigError, match="index_channels"):
+        sizes(index_channels=channels)  # of 64
+    assert sizes(index_channels=64).index_page_bytes == sizes().index_page_bytes
+
+
+@pytest.mark.parametrize("index_channels", [None, 24])
 @pytest.mark.parametrize("index_vectors", [1, 2])
 @pytest.mark.parametrize("block_size", [16, 32, 128])
-def test_announced_bytes_are_the_bytes_allocated(block_size, index_vectors):
+def test_announced_bytes_are_the_bytes_allocated(block_size, index_vectors, index_channels):
     resolved = sizes(
-        block_size, host_pool_gib=0.01, min_context_tokens=256, index_vectors=index_vectors
+        block_size,
+        host_pool_gib=0.01,
+        min_context_tokens=256,
+        index_vectors=index_vectors,
+        index_channels=index_channels,
     )
     geometry = Geometry(
         num_layers=4,
@@ -183,6 +195,7 @@ def test_announced_bytes_are_the_bytes_allocated(block_size, index_vectors):
         rows_per_page=resolved.rows_per_page,
         scale=0.125,
         vectors_per_row=resolved.index_vectors,
+        index_channels=resolved.index_dim,
     )
     caches = [torch.empty(3, 2, block_size, 128, dtype=torch.bfloat16) for _ in range(4)]
     pools = Pools(geometry, resolved.num_pages, caches)

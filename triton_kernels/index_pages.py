@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import LayerPools
-from .pack_keys import pack_keys
+from .pack_keys import pack_keys, padded_channels
 
 TILE = 64  # tokens a program packs; several pages where blocks are small
 
@@ -28,6 +28,8 @@ def _index_pages(
     N: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
     K_STEP: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -48,12 +50,12 @@ def _index_pages(
         row = tl.load(source[:, None] + offset, mask=copied)
         tl.store(target[:, None] + offset, row, mask=copied)
 
-    packed, scale = pack_keys(source[:, None], valid[:, None], rotation, D, D_PAD, K_STEP, TILE)
-    byte = tl.arange(0, D_PAD // 8)[None, :]
+    packed, scale = pack_keys(source[:, None], valid[:, None], rotation, D, E, E_PAD, K_STEP, TILE)
+    byte = tl.arange(0, E_PAD // 8)[None, :]
     tl.store(
-        bits + (head_page[:, None] * (D // 8) + byte) * N + t[:, None],
+        bits + (head_page[:, None] * (E // 8) + byte) * N + t[:, None],
         packed,
-        mask=valid[:, None] & (byte < D // 8),
+        mask=valid[:, None] & (byte < E // 8),
     )
     tl.store(scales + head_page * N + t, scale.to(tl.bfloat16), mask=valid)
     tl.store(page_slot + head_page, -1, mask=valid & (t == 0))
@@ -65,7 +67,7 @@ def index_pages(pools: LayerPools, block_ids: Tensor, page_ids: Tensor, rotation
     Args:
         pools: `host` may be pinned host memory; it is written through its mapping.
         block_ids, page_ids: [n] int32, distinct pages.
-        rotation: [D, D] float32 on the device of the cache.
+        rotation: [D, E] float32 on the device of the cache.
     """
     _, heads, n, width = pools.cache.shape
     dim = width // 2
@@ -89,6 +91,8 @@ def index_pages(pools: LayerPools, block_ids: Tensor, page_ids: Tensor, rotation
         N=n,
         D=dim,
         D_PAD=triton.next_power_of_2(dim),
+        E=rotation.shape[1],
+        E_PAD=padded_channels(rotation.shape[1]),
         K_STEP=16,
         TILE=TILE,
         num_warps=8 if dim > 64 else 4,

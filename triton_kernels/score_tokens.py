@@ -12,7 +12,7 @@ import triton.language as tl
 from ..types import Geometry, IndexKind, LayerPools, Reduce, SparseBatch
 from .locate_sentences import GRANULE, sentence_span
 from .ordered import to_ordered
-from .pack_keys import unpack_bits
+from .pack_keys import padded_channels, unpack_bits
 from .workspace import CHUNK_TOKENS, Workspace
 
 TOKEN_BITS = tl.constexpr(int(IndexKind.TOKEN_BITS))
@@ -45,8 +45,8 @@ def _score_tokens(
     H: tl.constexpr,
     G: tl.constexpr,
     G_PAD: tl.constexpr,
-    D8: tl.constexpr,
-    D8_PAD: tl.constexpr,
+    E8: tl.constexpr,
+    E8_PAD: tl.constexpr,
     N: tl.constexpr,
     GRANULE: tl.constexpr,
     TILE: tl.constexpr,
@@ -68,11 +68,11 @@ def _score_tokens(
     first += s.to(tl.int64) * first_stride
 
     g = tl.arange(0, G_PAD)
-    byte = tl.arange(0, D8_PAD)
-    d = tl.arange(0, D8_PAD * 8)
+    byte = tl.arange(0, E8_PAD)
+    d = tl.arange(0, E8_PAD * 8)
     level = tl.load(
-        levels + (head * G + g[None, :]) * (D8 * 8) + d[:, None],
-        mask=(g[None, :] < G) & (d[:, None] < D8 * 8),
+        levels + (head * G + g[None, :]) * (E8 * 8) + d[:, None],
+        mask=(g[None, :] < G) & (d[:, None] < E8 * 8),
         other=0,
     )
     level_sum = tl.sum(level.to(tl.int32), 0)
@@ -86,13 +86,13 @@ def _score_tokens(
         valid = token < num_tokens
         page = tl.load(pages + token // N, mask=valid, other=0).to(tl.int64)
         head_page = page * H + h
-        column = head_page * (D8 * N) + token % N
+        column = head_page * (E8 * N) + token % N
         packed = tl.load(
             bits + column[:, None] + byte[None, :] * N,
-            mask=valid[:, None] & (byte < D8)[None, :],
+            mask=valid[:, None] & (byte < E8)[None, :],
             other=0,
         )
-        ones = unpack_bits(packed, TILE, D8_PAD * 8)
+        ones = unpack_bits(packed, TILE, E8_PAD * 8)
         # Signs are 2 * bit - 1: one multiplication per token instead of one per channel.
         dots = 2 * tl.dot(ones, level, out_dtype=tl.int32) - level_sum[None, :]
         token_scale = tl.load(scales + head_page * N + token % N, mask=valid, other=0.0)
@@ -168,8 +168,8 @@ def score_tokens(
         H=heads,
         G=group,
         G_PAD=max(8, triton.next_power_of_2(group)),
-        D8=geometry.head_dim // 8,
-        D8_PAD=triton.next_power_of_2(geometry.head_dim // 8),
+        E8=geometry.index_dim // 8,
+        E8_PAD=padded_channels(geometry.index_dim) // 8,
         N=n,
         GRANULE=GRANULE,
         TILE=128,

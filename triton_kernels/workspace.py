@@ -20,12 +20,12 @@ MAX_BLOCKS = 8192  # of a request: the selection holds a key for each in registe
 class Workspace:
     """Buffers for the largest batch, shared by all layers of a worker.
 
-    S requests, H KV heads, G query heads a KV head, D head_dim, I sentences, K selected
+    S requests, H KV heads, G query heads a KV head, E index_dim, I sentences, K selected
     blocks. Only `best` carries a state from call to call: LOWEST everywhere.
     """
 
     first: Tensor  # [S, C + 1] int32: sentence that holds token c * GRANULE
-    levels: Tensor  # [S, H * G, D] int8
+    levels: Tensor  # [S, H * G, E] int8
     steps: Tensor  # [S, H * G] float32
     best: Tensor  # [S, H, G, I] int32: largest logit so far, ordered code
     partial: Tensor  # [S, H, chunks, 2, G] float32: maximum and sum of the resident logits
@@ -77,7 +77,7 @@ class Workspace:
         i32, f32 = torch.int32, torch.float32
         return Workspace(
             first=empty(s, tokens // GRANULE + 1, dtype=i32),
-            levels=empty(s, h * g, geometry.head_dim, dtype=torch.int8),
+            levels=empty(s, h * g, geometry.index_dim, dtype=torch.int8),
             steps=empty(s, h * g, dtype=f32),
             best=empty(s, h, g, max_sentences, dtype=i32).fill_(LOWEST),
             partial=empty(s, h, -(-tokens // CHUNK_TOKENS), 2, g, dtype=f32),

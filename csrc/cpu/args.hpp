@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the C entry points take: raw pointers and sizes, as ops/cpu_args.py lays them out.
-// Letters: P pages, B blocks, H KV heads, N tokens a block, D head_dim, S requests.
+// Letters: P pages, B blocks, H KV heads, N tokens a block, D head_dim, E index_dim, S requests.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +35,7 @@ struct Pools {
   int64_t heads;
   int64_t block_size;
   int64_t head_dim;
+  int64_t index_dim;  // rotated channels that `bits` keeps
   Dtype dtype;
 
   bool has_vectors(IndexKind kind) const {
@@ -75,9 +76,10 @@ struct Batch {
   int64_t step;
 };
 
-// The rotation of keys and queries: a matrix, and its row signs if it is a Hadamard matrix.
+// The rotation of keys and queries: a matrix, and its row signs if its columns are the first of
+// a Hadamard matrix.
 struct Rotation {
-  const float* matrix;  // [D, D]
+  const float* matrix;  // [D, E]
   const float* signs;   // [D] +-1 / sqrt(D), or null
 };
 

@@ -14,8 +14,21 @@
 namespace sentencekv::cpu {
 namespace {
 
-// rotated [D, N] -> bits [D / 8, N] and scales [N].
-void pack(const float* rotated, int64_t dim, int64_t n, uint8_t* bits, uint16_t* scales) {
+// squares[t] = |key t|^2 of keys [D, N].
+void square_norms(const float* keys, int64_t dim, int64_t n, float* squares) {
+  for (int64_t t = 0; t < n; t += kLanes) {
+    Floats sum{};
+    for (int64_t d = 0; d < dim; ++d) {
+      const Floats x = load_floats(keys + d * n + t);
+      sum += x * x;
+    }
+    store_floats(squares + t, sum);
+  }
+}
+
+// rotated [E, N], squares [N] -> bits [E / 8, N] and scales [N].
+void pack(const float* rotated, const float* squares, int64_t dim, int64_t n, uint8_t* bits,
+          uint16_t* scales) {
   for (int64_t i = 0; i < dim / 8; ++i)
     for (int64_t t = 0; t < n; ++t) {
       uint32_t byte = 0;
@@ -24,21 +37,21 @@ void pack(const float* rotated, int64_t dim, int64_t n, uint8_t* bits, uint16_t*
       bits[i * n + t] = static_cast<uint8_t>(byte);
     }
   for (int64_t t = 0; t < n; t += kLanes) {
-    Floats l1{}, squares{};
+    Floats l1{};
     for (int64_t d = 0; d < dim; ++d) {
       const Floats x = load_floats(rotated + d * n + t);
       l1 += x < 0 ? -x : x;
-      squares += x * x;
     }
     for (int64_t k = 0; k < kLanes; ++k)
-      scales[t + k] = to_bfloat16(l1[k] > 0 ? squares[k] / l1[k] : 0.0f);
+      scales[t + k] = to_bfloat16(l1[k] > 0 ? squares[t + k] / l1[k] : 0.0f);
   }
 }
 
 }  // namespace
 
-extern "C" int32_t sentencekv_cpu_hadamard_signs(const float* matrix, int64_t dim, float* signs) {
-  return hadamard_signs(matrix, dim, signs);
+extern "C" int32_t sentencekv_cpu_hadamard_signs(const float* matrix, int64_t dim,
+                                                int64_t index_dim, float* signs) {
+  return hadamard_signs(matrix, dim, index_dim, signs);
 }
 
 // key_offset: [D, N], element (d, t) of K, channels first.
@@ -46,8 +59,9 @@ extern "C" void sentencekv_cpu_index_pages(const Pools* pools, const Rotation* r
                                            const int32_t* block_ids, const int32_t* page_ids,
                                            int64_t count, const int32_t* key_offset) {
   const int64_t heads = pools->heads, n = pools->block_size, dim = pools->head_dim;
+  const int64_t index_dim = pools->index_dim;
   parallel_for(count * heads, [&](int64_t pair) {
-    static thread_local Buffer<float> keys, rotated;
+    static thread_local Buffer<float> keys, rotated, norms;
     const int64_t page = page_ids[pair / heads], head = pair % heads;
     const uint8_t* block = pools->cache_head(block_ids[pair / heads], head);
     std::memcpy(pools->host_head(page, head), block,
@@ -56,9 +70,12 @@ extern "C" void sentencekv_cpu_index_pages(const Pools* pools, const Rotation* r
     with_elements(pools->dtype, block, [&](const auto* elements) {
       for (int64_t i = 0; i < dim * n; ++i) x[i] = elements[key_offset[i]];
     });
-    const float* y = rotate(*rotation, dim, n, x, rotated.reserve(dim * n));
+    float* squares = norms.reserve(n);
+    square_norms(x, dim, n, squares);  // before the rotation, which may be in place
+    const float* y = rotate(*rotation, dim, index_dim, n, x, rotated.reserve(index_dim * n));
     const int64_t head_page = page * heads + head;
-    pack(y, dim, n, pools->bits + head_page * dim / 8 * n, pools->scales + head_page * n);
+    pack(y, squares, index_dim, n, pools->bits + head_page * (index_dim / 8) * n,
+         pools->scales + head_page * n);
     pools->page_slot[head_page] = -1;
   });
 }

@@ -20,7 +20,7 @@ constexpr int kScanHeads = 4;  // query heads that share a load of the page
 
 // A stripe is the part of a page that fills whole vectors: all rows of 64 tokens (or of N < 64).
 struct PageLayout {
-  int64_t rows;           // D / 8, bytes of a token
+  int64_t rows;           // E / 8, bytes of a token
   int64_t block_size;     // N
   int64_t stripe_tokens;  // tokens
   int64_t vectors;        // vectors a stripe

@@ -110,7 +110,7 @@ inline Scored score(Isa isa, const Attention& attention, const Pools& pools,
   if (request.kind == IndexKind::kTokenBits) {
     const bool softmax = request.reduce == Reduce::kSoftmaxMean;
     with_elements(attention.query_dtype, query, [&](const auto* elements) {
-      scratch.query.fill(attention.rotation, dim, group, elements);
+      scratch.query.fill(attention.rotation, dim, pools.index_dim, group, elements);
     });
     estimate_tokens(isa, pools, request, head, group, scored.touched, softmax, scratch);
     for (int64_t g = 0; g < group; ++g)

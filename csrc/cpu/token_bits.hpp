@@ -20,8 +20,8 @@ constexpr int64_t kChunkTokens = 1024;  // estimates of a chunk stay in the firs
 template <class Simd>
 void estimate_tokens(const Pools& pools, const Request& request, int64_t head, int64_t group,
                      const Touched& touched, bool with_resident, Scratch& scratch) {
-  const int64_t n = pools.block_size, rows = pools.head_dim / 8;
-  const auto layout = PageLayout::of<Simd>(pools.head_dim, n);
+  const int64_t n = pools.block_size, rows = pools.index_dim / 8;
+  const auto layout = PageLayout::of<Simd>(pools.index_dim, n);
   const int64_t begin = with_resident ? 0 : request.history_lo;
   const int64_t end = with_resident ? request.num_pages : request.history_hi;
   const int64_t lo = request.history_lo * n, hi = request.history_hi * n;
@@ -40,7 +40,7 @@ void estimate_tokens(const Pools& pools, const Request& request, int64_t head, i
   for (int64_t g = 0; g < group; g += kScanHeads)
     tables[g / kScanHeads] = scratch.tables[g / kScanHeads].fill<Simd>(
         layout, static_cast<int>(std::min<int64_t>(kScanHeads, group - g)),
-        scratch.query.levels.data() + g * pools.head_dim);
+        scratch.query.levels.data() + g * pools.index_dim);
 
   auto head_page = [&](int64_t block) {
     return static_cast<int64_t>(request.pages[block]) * pools.heads + head;

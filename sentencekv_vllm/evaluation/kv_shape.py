@@ -19,6 +19,7 @@ class KVShape:
     head_dim: int
     block_size: int  # tokens
     element_bytes: int = 2
+    index_channels: int | None = None  # rotated channels in the 1-bit index; None: all
 
     @classmethod
     def of_model(cls, folder: Path, block_size: int) -> Self | None:
@@ -50,7 +51,7 @@ class KVShape:
         if index is None or index is IndexKind.RANDOM:
             return 0.0
         if index is IndexKind.TOKEN_BITS:
-            return self.head_dim / 8 + 2  # signs and a bfloat16 scale
+            return (self.index_channels or self.head_dim) / 8 + 2  # signs and a bfloat16 scale
         if not tokens_per_row:
             return math.nan
         return index.vectors * 2 * self.head_dim / tokens_per_row  # bfloat16

@@ -61,7 +61,11 @@ class CpuOps:
             ctypes.c_int32,
         ]
         self._hadamard_signs = library.sentencekv_cpu_hadamard_signs
-        self._hadamard_signs.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+        self._hadamard_signs.argtypes = [
+            ctypes.c_void_p,
+            *[ctypes.c_int64] * 2,
+            ctypes.c_void_p,
+        ]
         self._pools = _PerObject(args.bind_pools)
         self._batch = _PerObject(args.bind_batch)
         self._outputs = _PerObject(args.bind_outputs)
@@ -92,7 +96,7 @@ class CpuOps:
         args.check("key_offset", key_offset, torch.int32, (n * dim,))
         self._index_pages(
             ctypes.byref(bound),
-            ctypes.byref(self._rotation(rotation, dim)),
+            ctypes.byref(self._rotation(rotation, dim, bound.index_dim)),
             blocks,
             pages,
             count,
@@ -151,10 +155,10 @@ class CpuOps:
         if status:
             raise RuntimeError(FAILURES[status])
 
-    def _bind_rotation(self, rotation: Tensor, dim: int) -> args.Rotation:
-        matrix = args.check("rotation", rotation, torch.float32, (dim, dim))
+    def _bind_rotation(self, rotation: Tensor, dim: int, index_dim: int) -> args.Rotation:
+        matrix = args.check("rotation", rotation, torch.float32, (dim, index_dim))
         signs = torch.empty(dim)
-        is_hadamard = self._hadamard_signs(matrix, dim, signs.data_ptr())
+        is_hadamard = self._hadamard_signs(matrix, dim, index_dim, signs.data_ptr())
         bound = args.Rotation(matrix, signs.data_ptr() if is_hadamard else None)
         bound.signs_tensor = signs
         return bound
@@ -168,7 +172,7 @@ class CpuOps:
                 f"KV head: they are {dtype} with {geometry.group_size}"
             )
         bound = args.Attention(
-            rotation=self._rotation(rotation, geometry.head_dim),
+            rotation=self._rotation(rotation, geometry.head_dim, geometry.index_dim),
             query_dtype=args.DTYPES[dtype],
             group_size=geometry.group_size,
             rows_per_page=geometry.rows_per_page,

@@ -44,7 +44,7 @@ class Pools(ctypes.Structure):
         *_fields(ctypes.c_void_p, "cache", "host", "bits", "scales", "centroids", "kept"),
         *_fields(ctypes.c_void_p, "page_slot", "slot_page", "slot_stamp", "spreads"),
         *_fields(ctypes.c_int64, "block_stride", "page_stride"),
-        *_fields(ctypes.c_int64, "heads", "block_size", "head_dim", "dtype"),
+        *_fields(ctypes.c_int64, "heads", "block_size", "head_dim", "index_dim", "dtype"),
     ]
 
 
@@ -103,7 +103,7 @@ def bind_pools(pools: LayerPools) -> Pools:
     return Pools(
         cache=_head_major("cache", pools.cache, dtype, (blocks, heads, n, width)),
         host=_head_major("host", pools.host, dtype, (num_pages, heads, n, width)),
-        bits=check("bits", pools.bits, torch.uint8, (num_pages, heads, width // 16, n)),
+        bits=check("bits", pools.bits, torch.uint8, (num_pages, heads, -1, n)),
         scales=check("scales", pools.scales, torch.bfloat16, (num_pages, heads, n)),
         centroids=check("centroids", pools.centroids, torch.bfloat16, (-1, heads, width // 2)),
         kept=check("kept", pools.kept, torch.uint8, (-1, heads)),
@@ -118,6 +118,7 @@ def bind_pools(pools: LayerPools) -> Pools:
         heads=heads,
         block_size=n,
         head_dim=width // 2,
+        index_dim=8 * pools.bits.shape[2],
         dtype=DTYPES[dtype],
     )
 

@@ -38,7 +38,7 @@ def index_pages(
         pools: `host`, `bits`, `scales` and `page_slot` are written.
         block_ids, page_ids: [n] int32, distinct pages.
         key_offset: see `read_keys`.
-        rotation: [D, D] float32.
+        rotation: [D, E] float32.
     """
     blocks, pages = block_ids.long(), page_ids.long()
     content = pools.cache[blocks]

@@ -18,10 +18,10 @@ def quantize_query(query: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         query: [..., D], any float dtype.
-        rotation: [D, D] float32.
+        rotation: [D, E] float32.
 
     Returns:
-        levels [..., D] int8 in [-31, 31]; step [...] float32 with
+        levels [..., E] int8 in [-31, 31]; step [...] float32 with
         `query @ rotation ~ levels * step`. A zero query has step 0.
     """
     rotated = query.float() @ rotation

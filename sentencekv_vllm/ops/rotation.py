@@ -12,13 +12,16 @@ SEED = 20250400970
 
 
 @cache
-def rotation(head_dim: int) -> Tensor:
-    """Orthogonal matrix [D, D], float32, on the CPU; the same in every process.
+def rotation(head_dim: int, index_dim: int | None = None) -> Tensor:
+    """First E columns of a fixed orthogonal matrix, [D, E] float32, on the CPU.
 
-    Powers of two: Hadamard matrix with random column signs, normalised. Other sizes:
+    The same in every process. Powers of two: Hadamard matrix with random column signs, normalised. Other sizes:
     the Q factor of a Gaussian matrix. Rotated vectors are `x @ rotation(D)`, and inner
-    products do not change, so queries are rotated and nothing else is.
+    products do not change, so queries are rotated and nothing else is. With E < D channels
+    they are projected on a random subspace.
     """
+    if index_dim is not None and index_dim != head_dim:
+        return rotation(head_dim)[:, :index_dim].contiguous()
     generator = torch.Generator().manual_seed(SEED + head_dim)
     if head_dim & (head_dim - 1) == 0:
         hadamard = torch.ones(1, 1)

@@ -94,9 +94,9 @@ def score_sentences(
         resident = torch.empty(heads, geometry.group_size, 0)
         if kind == IndexKind.TOKEN_BITS:
             pages = batch.pages[s, :num_pages].long()
-            signs = unpack_signs(pools.bits[pages]).transpose(0, 1).flatten(1, 2)  # [H, T, D]
+            signs = unpack_signs(pools.bits[pages]).transpose(0, 1).flatten(1, 2)  # [H, T, E]
             scale = pools.scales[pages].float().transpose(0, 1).flatten(1)  # [H, T]
-            levels, step = quantize_query(grouped[s], rotation)  # [H, G, D], [H, G]
+            levels, step = quantize_query(grouped[s], rotation)  # [H, G, E], [H, G]
             dots = (levels.int()[:, :, None] * signs.int()[:, None]).sum(-1)  # [H, G, T]
             logits = (geometry.scale * step)[..., None] * (dots.float() * scale[:, None])
             best = [logits[..., max(starts[i], lo) : min(ends[i], hi)].amax(-1) for i in touches]

@@ -48,6 +48,7 @@ def build_runtime(
         rows_per_page=resolved.rows_per_page,
         scale=layer.impl.scale,
         vectors_per_row=resolved.index_vectors,
+        index_channels=resolved.index_dim,
     )
     try:
         runtime = Runtime(

@@ -44,7 +44,7 @@ class Pools:
             (layers, pages, heads, n, 2 * d), caches[0].dtype, pinned=device.type == "cuda"
         )
         self.host = self._host_pool.tensor
-        self.bits = on_device((pages, heads, d // 8, n), torch.uint8)
+        self.bits = on_device((pages, heads, g.index_dim // 8, n), torch.uint8)
         self.scales = on_device((pages, heads, n), torch.bfloat16)
         self.centroids = on_device((rows, heads, d), torch.bfloat16)
         self.spreads = (

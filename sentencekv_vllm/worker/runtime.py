@@ -70,7 +70,7 @@ class Runtime:
         self.query_mean = QueryMean(geometry, num_slots)
         self.query_previous = QueryPrevious(geometry, num_slots)
         self.counters: Counter[str] = Counter()
-        self.rotation = rotation(geometry.head_dim).to(self.device)
+        self.rotation = rotation(geometry.head_dim, geometry.index_dim).to(self.device)
         self._copies = copies or copy_stream(self.device)
         self._key_offset = key_offset
         self._rows: SparseRows | None = None

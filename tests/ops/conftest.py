@@ -42,7 +42,7 @@ class Case:
     pools: LayerPools
     batch: SparseBatch
     query: torch.Tensor  # [S, H * G, D]
-    rotation: torch.Tensor  # [D, D]
+    rotation: torch.Tensor  # [D, E]
 
     def to(self, device: str) -> Case:
         """A copy on `device`; the swap pool stays in (pinned) host memory."""
@@ -76,6 +76,7 @@ def draw_ends(row: Row, generator: torch.Generator) -> tuple[int, ...]:
 def make_case(
     *rows: Row,
     head_dim: int = 64,
+    index_dim: int | None = None,
     heads: int = 2,
     group: int = 4,
     block_size: int = 16,
@@ -90,9 +91,16 @@ def make_case(
     max_pages, max_sentences = max(1, *counts), max(1, *map(len, ends))
     num_pages, num_blocks, m = sum(counts) + 3, len(rows) * private + 2, block_size
     geometry = Geometry(
-        1, heads, group, head_dim, block_size, rows_per_page=m, scale=head_dim**-0.5
+        1,
+        heads,
+        group,
+        head_dim,
+        block_size,
+        rows_per_page=m,
+        scale=head_dim**-0.5,
+        index_channels=index_dim,
     )
-    turn = rotation(head_dim)
+    turn = rotation(head_dim, index_dim)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)

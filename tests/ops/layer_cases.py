@@ -41,6 +41,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     working_set: int = 12  # blocks, more where a budget asks for it
     seed: int = 0
+    index_dim: int | None = None  # rotated channels that are kept; None: all
     spread: bool = False  # blocks of the cache lie further apart than they are large
 
 
@@ -103,7 +104,7 @@ def make_pools(case: Case, num_pages: int, num_blocks: int, rows_per_page: int) 
     cache = torch.full((num_blocks, h * n * 2 * d + gap * 16), nan, dtype=case.dtype)
     cache = cache[:, : h * n * 2 * d].unflatten(1, (h, n, 2 * d))
     generator = torch.Generator().manual_seed(case.seed)
-    shape = (num_pages, h, d // 8, n)
+    shape = (num_pages, h, (case.index_dim or d) // 8, n)
     return LayerPools(
         cache=cache,
         host=torch.full((num_pages, h, n, 2 * d), nan, dtype=case.dtype),
@@ -154,7 +155,7 @@ def build(case: Case) -> Layer:
     rows = torch.full((count, max(row_pages) + 1), 2**30, dtype=torch.int32)
     padded_ends = torch.full((count, max(map(len, ends)) + 1), 2**30, dtype=torch.int32)
     private = torch.empty((count, working_set), dtype=torch.int32)
-    turn = rotation(d)
+    turn = rotation(d, case.index_dim)
     for s, (blocks, taken) in enumerate(zip(context, row_pages, strict=True)):
         pages[s, :blocks], page_ids = page_ids[:blocks], page_ids[blocks:]
         rows[s, :taken], page_ids = page_ids[:taken], page_ids[taken:]
@@ -191,5 +192,7 @@ def build(case: Case) -> Layer:
         seed=torch.arange(count, dtype=torch.int32) * 77 - 5,
         step=0,
     )
-    geometry = Geometry(1, case.heads, case.group, d, n, rows_per_page, d**-0.5)
+    geometry = Geometry(
+        1, case.heads, case.group, d, n, rows_per_page, d**-0.5, index_channels=case.index_dim
+    )
     return Layer(geometry, pools, batch, turn, key_offset)

@@ -58,6 +58,11 @@ CASES = {
     "float16": Case(dtype=torch.float16),
     "float32": Case(EVERY_KIND, dtype=torch.float32),
     "spread-blocks": Case(spread=True),
+    **{
+        f"D{d}-E{e}-N{n}": Case(EVERY_KIND, dim=d, index_dim=e, block=n)
+        for d, e, n in ((128, 64, 32), (128, 8, 16), (128, 72, 32), (80, 48, 16))
+    },
+    "D256-E128-N64": Case(dim=256, index_dim=128, block=64),
 }
 
 
@@ -164,10 +169,13 @@ def test_slots_of_the_table_hold_the_pages(ops: CpuOps, kind: IndexKind) -> None
 
 @pytest.mark.parametrize("isa", [0, 1, 2], indirect=True, ids=["portable", "avx2", "avx512"])
 @pytest.mark.parametrize("block", [16, 32, 48, 64, 128])
-@pytest.mark.parametrize("dim", [80, 128])
-def test_instruction_sets_agree_bit_for_bit(ops: CpuOps, isa: int, block: int, dim: int) -> None:
+@pytest.mark.parametrize(("dim", "index_dim"), [(80, None), (128, None), (128, 40)])
+def test_instruction_sets_agree_bit_for_bit(
+    ops: CpuOps, isa: int, block: int, dim: int, index_dim: int | None
+) -> None:
     """Scans are exact integers, so every float after them is the same."""
-    layer = build(Case((Row(1111), Row(577, reduce=Reduce.MAX)), block=block, dim=dim, group=7))
+    rows = (Row(1111), Row(577, reduce=Reduce.MAX))
+    layer = build(Case(rows, block=block, dim=dim, index_dim=index_dim, group=7))
     mine = copy_pools(layer.pools)
     query = layer.query(0)
     narrow = run(ops, layer, mine, query, 1)

@@ -34,6 +34,10 @@ SHAPES = [
         (96, 48, torch.float16),
         (8, 16, torch.float32),
     )
+] + [
+    Case(dim=128, index_dim=64),
+    Case(dim=128, index_dim=24, block=16, dtype=torch.float32),
+    Case(dim=96, index_dim=40, block=48),
 ]
 
 
@@ -58,21 +62,24 @@ def int32(*values: object) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("case", SHAPES, ids=lambda c: f"D{c.dim}-N{c.block}-{c.dtype}")
+@pytest.mark.parametrize(
+    "case", SHAPES, ids=lambda c: f"D{c.dim}-E{c.index_dim or c.dim}-N{c.block}-{c.dtype}"
+)
 def test_index_pages(ops: CpuOps, case: Case) -> None:
     pools, key_offset = filled(case)
     mine = copy_pools(pools)
     blocks, pages = int32(4, 0, 6, 0), int32(8, 3, 1, 5)
-    index_pages(pools, blocks, pages, key_offset, rotation(case.dim))
-    ops.index_pages(mine, blocks, pages, key_offset, rotation(case.dim))
+    turn = rotation(case.dim, case.index_dim)
+    index_pages(pools, blocks, pages, key_offset, turn)
+    ops.index_pages(mine, blocks, pages, key_offset, turn)
     assert same_bytes(mine.host, pools.host)
     assert torch.equal(mine.page_slot, pools.page_slot)
     torch.testing.assert_close(
         mine.scales, pools.scales, rtol=BFLOAT16_STEP, atol=0, equal_nan=True
     )
     keys = read_keys(pools.cache[blocks.long()], key_offset, case.block)
-    rotated = keys.double() @ rotation(case.dim).double()
-    ambiguous = torch.zeros(PAGES, case.heads, case.block, case.dim, dtype=torch.bool)
+    rotated = keys.double() @ turn.double()
+    ambiguous = torch.zeros(PAGES, case.heads, case.block, turn.shape[1], dtype=torch.bool)
     ambiguous[pages.long()] = rotated.abs() < 1e-5 * keys.double().norm(dim=-1, keepdim=True)
     differs = unpack_signs(mine.bits) != unpack_signs(pools.bits)
     assert not bool((differs & ~ambiguous).any())
@@ -99,7 +106,9 @@ def test_any_rotation_is_followed(ops: CpuOps) -> None:
 
 
 @pytest.mark.parametrize("kind", [IndexKind.CENTROID, IndexKind.BOUNDS, IndexKind.MEAN_STD])
-@pytest.mark.parametrize("case", SHAPES, ids=lambda c: f"D{c.dim}-N{c.block}-{c.dtype}")
+@pytest.mark.parametrize(
+    "case", SHAPES, ids=lambda c: f"D{c.dim}-E{c.index_dim or c.dim}-N{c.block}-{c.dtype}"
+)
 def test_index_sentences(ops: CpuOps, case: Case, kind: IndexKind) -> None:
     pools, key_offset = filled(case)
     mine = copy_pools(pools)

@@ -9,6 +9,7 @@ from sentencekv_vllm.ops.index_sentences import index_sentences as index_sentenc
 from sentencekv_vllm.types import IndexKind
 
 SHAPES = [(64, 16), (80, 48), (96, 64), (128, 32), (256, 16)]
+SMALLER = [(128, 64, 32), (128, 24, 16), (80, 40, 48)]  # head_dim, index_dim, block_size
 
 
 def plain_offsets(head_dim, block_size):
@@ -22,15 +23,21 @@ def fill_cache(case):
     case.pools.cache[1, 0, 3, : case.geometry.head_dim] = 0  # a zero key has scale 0
 
 
-@pytest.mark.parametrize(("head_dim", "block_size"), SHAPES)
+@pytest.mark.parametrize(
+    ("head_dim", "index_dim", "block_size"), [*((d, d, n) for d, n in SHAPES), *SMALLER]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_pages_are_byte_copies_with_the_bits_of_their_keys(
-    build, kernels, head_dim, block_size, dtype
+    build, kernels, head_dim, index_dim, block_size, dtype
 ):
     from sentencekv_vllm.triton_kernels.index_pages import index_pages
 
     case = build(
-        build.row(tokens=7 * block_size), head_dim=head_dim, block_size=block_size, dtype=dtype
+        build.row(tokens=7 * block_size),
+        head_dim=head_dim,
+        index_dim=index_dim,
+        block_size=block_size,
+        dtype=dtype,
     )
     fill_cache(case)
     case.pools.page_slot.fill_(3)

@@ -51,15 +51,23 @@ def compare(case, work, rtol=TOLERANCE["rtol"], atol=TOLERANCE["atol"]):
             )
 
 
-@pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (80, 4), (96, 7), (128, 8), (256, 4)])
+@pytest.mark.parametrize(
+    ("head_dim", "index_dim", "group"),
+    [(64, 64, 1), (80, 80, 4), (96, 96, 7), (128, 128, 8), (256, 256, 4), (128, 72, 4)],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_quantised_queries_are_the_nearest_levels(
-    build, kernels, workspace, head_dim, group, dtype
+    build, kernels, workspace, head_dim, index_dim, group, dtype
 ):
     from sentencekv_vllm.triton_kernels.quantize_query import quantize_query
 
     case = build(
-        build.row(tokens=64), build.row(tokens=64), head_dim=head_dim, group=group, dtype=dtype
+        build.row(tokens=64),
+        build.row(tokens=64),
+        head_dim=head_dim,
+        index_dim=index_dim,
+        group=group,
+        dtype=dtype,
     )
     case.query[1, 0] = 0  # a zero query has step 0
     levels, step = quantize_query_reference(case.query, case.rotation)
@@ -94,9 +102,21 @@ def test_head_dims_and_block_sizes(build, kernels, workspace, head_dim, block_si
     compare(case, work)
 
 
-def test_token_scores_are_exact(build, kernels, workspace):
+@pytest.mark.parametrize(("index_dim", "block_size"), [(64, 32), (24, 16), (72, 64)])
+def test_an_index_of_fewer_channels(build, kernels, workspace, index_dim, block_size):
+    rows = [build.row(kind=kind, tokens=1300) for kind in IndexKind]
+    case = build(*rows, head_dim=128, index_dim=index_dim, block_size=block_size)
+    assert case.pools.bits.shape[2] == index_dim // 8
+    work = workspace(case, kernels)
+    run(case.to(kernels), work)
+    compare(case, work)
+
+
+@pytest.mark.parametrize("index_dim", [128, 40])
+def test_token_scores_are_exact(build, kernels, workspace, index_dim):
     """Integers on both sides: for equal levels, MAX is the definition's, bit for bit."""
-    case = build(build.row(tokens=1600, reduce=Reduce.MAX), head_dim=128)
+    row = build.row(tokens=1600, reduce=Reduce.MAX)
+    case = build(row, head_dim=128, index_dim=index_dim)
     work = workspace(case, kernels)
     levels, step = quantize_query_reference(case.query, case.rotation)
     run(case.to(kernels), work, (levels.to(kernels), step.to(kernels)))
