@@ -15,10 +15,10 @@ SEED = 20250400970
 def rotation(head_dim: int, index_dim: int | None = None) -> Tensor:
     """First E columns of a fixed orthogonal matrix, [D, E] float32, on the CPU.
 
-    The same in every process. Powers of two: Hadamard matrix with random column signs, normalised. Other sizes:
-    the Q factor of a Gaussian matrix. Rotated vectors are `x @ rotation(D)`, and inner
-    products do not change, so queries are rotated and nothing else is. With E < D channels
-    they are projected on a random subspace.
+    The same in every process. Powers of two: Hadamard matrix with random column signs,
+    normalised. Other sizes: the Q factor of a Gaussian matrix. Rotated vectors are
+    `x @ rotation(D)`, and inner products do not change, so queries are rotated and nothing
+    else is. With E < D channels they are projected on a random subspace.
     """
     if index_dim is not None and index_dim != head_dim:
         return rotation(head_dim)[:, :index_dim].contiguous()
