@@ -134,7 +134,10 @@ class SentenceKVConnector(KVConnectorBase_V1, SupportsHMA):
         return None
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        report = self.runtime.take_report() if self.runtime is not None else None
+        if self.runtime is None:
+            return None
+        report = self.runtime.take_report()
+        self.runtime.end_step()
         return SentenceKVWorkerMetadata(report) if report is not None else None
 
     def shutdown(self) -> None:

@@ -62,14 +62,14 @@ class SplitImpl:
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: SentenceKVMetadata | None,
+        attn_metadata: Any,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         tensors = (query, key, value, kv_cache)
-        if attn_metadata is None:  # profiling run
-            return super().forward(layer, *tensors, None, output)  # type: ignore[misc]
+        if not isinstance(attn_metadata, SentenceKVMetadata):  # no sparse rows, or a profiling run
+            return super().forward(layer, *tensors, attn_metadata, output)  # type: ignore[misc]
         split = attn_metadata.split
         if split.dense is not None:
             super().forward(layer, *tensors, split.dense, output)  # type: ignore[misc]

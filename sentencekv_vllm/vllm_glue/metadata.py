@@ -34,9 +34,14 @@ class Split:
     sparse: SparseCall | None
 
 
+def current_runtime() -> Runtime | None:
+    """This worker's runtime; None in profiling and dummy runs."""
+    return get_kv_transfer_group().runtime if has_kv_transfer_group() else None
+
+
 class SentenceKVMetadata:
-    """Built lazily in the first layer: the V2 runner builds metadata before the connector
-    has the step's message."""
+    """A step with sparse rows, split in the first layer: only then has the V2 runner named the
+    requests of the batch."""
 
     def __init__(
         self,
@@ -56,31 +61,44 @@ class SentenceKVMetadata:
 
 
 class SplitBuilder:
-    """Put before a stock metadata builder: that one for dense rows, a plan for sparse ones."""
+    """Put before a stock metadata builder: that one for dense rows, a plan for sparse ones.
 
-    # Which rows are sparse is decided in Python: a full graph would freeze the decision.
-    _cudagraph_support = AttentionCGSupport.NEVER
+    A step without sparse rows gets the stock metadata, built when the stock builder would
+    build it, since a full graph replays on its persistent buffers.
+    """
+
     supports_update_block_table = False
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Full graphs of decode steps at most: a sparse row may be part of any other batch, and
+        `full_graphs` tells vLLM only that a batch is no plain decode."""
+        support = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
+        return min(support, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, key=lambda s: s.value)
 
     def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> SentenceKVMetadata:
+    ) -> Any:
+        runtime = current_runtime()
+        if runtime is None or not runtime.has_sparse_rows:
+            return super().build(  # type: ignore[misc]  # the stock builder
+                common_prefix_len, common_attn_metadata, fast_build
+            )
         return SentenceKVMetadata(self, common_prefix_len, common_attn_metadata)
 
     def split(self, common_prefix_len: int, common: CommonAttentionMetadata) -> Split:
-        runtime = get_kv_transfer_group().runtime if has_kv_transfer_group() else None
-        plan = None
-        if runtime is not None and runtime.has_sparse_rows:
-            n = common.num_reqs
-            plan = runtime.plan(
-                block_table=common.block_table_tensor,
-                slot_mapping=common.slot_mapping,
-                last_tokens=common.query_start_loc_cpu[1 : n + 1].long() - 1,
-            )
-        if runtime is None or plan is None:
+        runtime = current_runtime()
+        assert runtime is not None, "metadata of a step with sparse rows outlived its worker"
+        n = common.num_reqs
+        plan = runtime.plan(
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+            last_tokens=common.query_start_loc_cpu[1 : n + 1].long() - 1,
+        )
+        if plan is None:
             return Split(self._dense(common_prefix_len, common), None)
         dense = None
         if len(plan.rows) < common.num_reqs:

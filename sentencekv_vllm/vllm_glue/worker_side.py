@@ -16,6 +16,7 @@ from ..resolved import ResolvedConfig, blocks
 from ..types import Geometry
 from ..worker.runtime import Runtime
 from ..worker.tables import rounded_up
+from . import full_graphs
 from .backend import platform
 from .resolve import resolve_for_engine
 
@@ -29,10 +30,11 @@ def build_runtime(
 
     Raises:
         ConfigError: they do not fit into the memory that is left.
-        ValueError: vLLM's KV cache is not one that we can serve.
+        ValueError: vLLM's KV cache, or its use of CUDA graphs, is not one that we can serve.
     """
     resolved = resolve_for_engine(vllm_config, kv_cache_config)
     _refuse_cache(kv_cache_config)
+    full_graphs.install(vllm_config)
     names = kv_cache_config.kv_cache_groups[0].layer_names
     caches = [kv_caches[name] for name in names]
     for name, cache in zip(names, caches, strict=True):

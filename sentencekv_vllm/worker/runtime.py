@@ -77,6 +77,7 @@ class Runtime:
         self._order: dict[str, int] = {}
         self._step = -1
         self._plan: StepPlan | None = None
+        self._planned = -1  # the last step that was planned
         self._unsettled: deque[StepPlan] = deque()
         # All ranks must report the same steps, so a step is booked after a fixed number of
         # steps, by which it is done, and not as soon as its counts happen to be there.
@@ -85,7 +86,8 @@ class Runtime:
 
     @property
     def has_sparse_rows(self) -> bool:
-        """The step being run has rows to decode sparsely."""
+        """The step being run has rows to decode sparsely; not before its message, not after
+        `end_step`."""
         return self._rows is not None
 
     def apply(self, message: StepMessage) -> None:
@@ -170,6 +172,7 @@ class Runtime:
             self.geometry.num_kv_heads,
         )
         tallies = Tallies(len(found), len(STAGES), self.device)
+        self._planned = self._step
         self._plan = StepPlan(
             step=self._step,
             batch=batch,
@@ -220,6 +223,22 @@ class Runtime:
             mean = self.query_mean.add(layer, plan.slots, query, plan.restarts)
             ranking = torch.where(plan.running[:, None, None], mean, ranking.float())
         return ranking
+
+    def end_step(self) -> None:
+        """The forward is queued: from here on no row is sparse.
+
+        Raises:
+            RuntimeError: the step's sparse rows were never planned, so attention read blocks
+                that are no longer theirs.
+        """
+        if self._rows is not None and self._planned != self._step:
+            raise RuntimeError(
+                f"step {self._step} has sparse rows, and the forward ran without them: a CUDA "
+                "graph of the whole model was replayed, or this vLLM builds metadata at another "
+                'time. Start with --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\' and '
+                "report this."
+            )
+        self._rows = None
 
     def take_report(self) -> StepReport | None:
         """What the last booked step selected, once."""

@@ -2,8 +2,8 @@
 """The CUDA glue under vLLM's V2 model runner, as far as a CPU goes.
 
 vLLM's own `build_attn_metadata` and `ActiveKVConnector` are called in the order of the V2
-runner: metadata is built before the connector has the step's message. Our Triton kernels run
-interpreted; vLLM's Triton attention, which cannot, is replaced by its definition.
+runner: the requests are named after metadata were built. Our Triton kernels run interpreted;
+vLLM's Triton attention, which cannot, is replaced by its definition.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm.forward_context import override_forward_context  # noqa: E402
-from vllm.v1.attention.backend import AttentionCGSupport  # noqa: E402
+from vllm.v1.attention.backend import (  # noqa: E402
+    AttentionCGSupport,
+    CommonAttentionMetadata,
+)
 from vllm.v1.attention.backends import triton_attn  # noqa: E402
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, get_attn_cg_support  # noqa: E402
 from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector  # noqa: E402
@@ -33,7 +36,7 @@ from sentencekv_vllm.ops.layer_ops import ReferenceOps  # noqa: E402
 from sentencekv_vllm.triton_kernels.layer_ops import TritonOps  # noqa: E402
 from sentencekv_vllm.triton_kernels.workspace import Workspace  # noqa: E402
 from sentencekv_vllm.types import Geometry  # noqa: E402
-from sentencekv_vllm.vllm_glue import cuda, metadata  # noqa: E402
+from sentencekv_vllm.vllm_glue import cuda, full_graphs, metadata  # noqa: E402
 from sentencekv_vllm.vllm_glue.connector import (  # noqa: E402
     SentenceKVConnector,
     SentenceKVConnectorMetadata,
@@ -184,6 +187,14 @@ class Worker:
             for position in range(lengths[i] - counts[i], lengths[i]):
                 slots.append(TABLES[r][position // N] * N + position % N)
         num_tokens = starts[-1]
+        output = SimpleNamespace(
+            kv_connector_metadata=SentenceKVConnectorMetadata(message),
+            has_sync_kv_loads=named and message.sparse is not None,
+            finished_req_ids=set(),
+        )
+        self.uniform_tokens = full_graphs.gather_batch_req_state(
+            lambda *_: (None, 1), None, output, dummy_run=False
+        )[1]
         built = build_attn_metadata(
             attn_groups=self.groups,
             num_reqs=len(order),
@@ -198,11 +209,6 @@ class Worker:
             kv_cache_config=SimpleNamespace(kv_cache_groups=[None]),
             seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32),
             req_idx=np.arange(len(order)),
-        )
-        output = SimpleNamespace(
-            kv_connector_metadata=SentenceKVConnectorMetadata(message),
-            has_sync_kv_loads=named and message.sparse is not None,
-            finished_req_ids=set(),
         )
         batch = SimpleNamespace(idx_mapping=None, req_ids=order, num_tokens=num_tokens)
         with override_forward_context(SimpleNamespace()):
@@ -310,10 +316,56 @@ def test_warming_up_runs_every_stage_and_leaves_nothing_behind(monkeypatch):
         assert not outputs[LONG].isnan().any()
 
 
-def test_full_graphs_are_never_captured(monkeypatch):
+def test_decode_steps_may_be_full_graphs_and_nothing_else(monkeypatch):
     worker = Worker(ReferenceOps(), 3, monkeypatch)
     support = get_attn_cg_support(worker.groups, None)
-    assert support.min_cg_support is AttentionCGSupport.NEVER
+    assert support.min_cg_support is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+
+def test_a_step_without_sparse_rows_has_the_stock_metadata_and_is_offered_full_graphs(monkeypatch):
+    worker = Worker(ReferenceOps(), 3, monkeypatch)
+    built = []
+
+    def layer(i, metadata, *rest):
+        built.append(metadata[NAMES[i]])
+        return Worker.layer(worker, i, metadata, *rest)
+
+    worker.layer = layer
+    worker.run([SHORT, LONG], sparse=False)
+    assert worker.uniform_tokens == 1
+    assert {type(m) for m in built} == {triton_attn.TritonAttentionMetadata}
+    worker.run([SHORT, LONG])
+    assert worker.uniform_tokens is None
+    assert type(built[-1]) is metadata.SentenceKVMetadata
+    assert not worker.runtime.has_sparse_rows, "not after the step"
+
+
+def test_metadata_for_a_capture_are_the_stock_ones(monkeypatch):
+    worker = Worker(ReferenceOps(), 3, monkeypatch)
+    lengths = torch.tensor([9, 9], dtype=torch.int32)
+    common = CommonAttentionMetadata(
+        query_start_loc=torch.arange(3, dtype=torch.int32),
+        query_start_loc_cpu=torch.arange(3, dtype=torch.int32),
+        seq_lens=lengths,
+        num_reqs=2,
+        num_actual_tokens=2,
+        max_query_len=1,
+        max_seq_len=9,
+        block_table_tensor=torch.zeros(2, 14, dtype=torch.int32),
+        slot_mapping=torch.zeros(2, dtype=torch.int64),
+    )
+    builder = worker.groups[0][0].metadata_builders[0]
+    captured = builder.build_for_cudagraph_capture(common)
+    assert type(captured) is triton_attn.TritonAttentionMetadata
+    assert captured.seq_lens.data_ptr() == lengths.data_ptr(), "vLLM's own buffer is replayed"
+
+
+def test_a_step_whose_sparse_rows_nobody_planned_is_an_error(monkeypatch):
+    """What a full graph replayed by mistake looks like from here."""
+    worker = Worker(ReferenceOps(), 3, monkeypatch)
+    worker.layer = lambda *_: None
+    with pytest.raises(RuntimeError, match="the forward ran without them"):
+        worker.run([LONG])
 
 
 def test_a_step_without_tokens_performs_its_message(monkeypatch):

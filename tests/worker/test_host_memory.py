@@ -113,8 +113,10 @@ def test_version_1_has_a_tree_for_memory(tmp_path):
     assert cgroup_bytes(own, root) == 4
 
 
-@pytest.mark.parametrize(("machine", "groups", "free"), [(7, 5, 5), (4, 9, 4), (None, 3, 3),
-                                                         (6, None, 6), (None, None, None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("machine", "groups", "free"),
+    [(7, 5, 5), (4, 9, 4), (None, 3, 3), (6, None, 6), (None, None, None)],
+)
 def test_machine_and_groups_both_bind(machine, groups, free, monkeypatch):
     monkeypatch.setattr(host_memory, "machine_bytes", lambda: machine)
     monkeypatch.setattr(host_memory, "cgroup_bytes", lambda: groups)
