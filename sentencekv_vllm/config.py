@@ -87,6 +87,9 @@ class SentenceKVConfig:
     """Rotated channels of a key that the 1-bit index keeps, a multiple of 8; None: all. Fewer
     make the index smaller and its estimates noisier."""
 
+    layer_share: int = _option(1, low=1)
+    """Consecutive layers that share a selection: the first of them ranks."""
+
     index: str | None = _option(None, choices=tuple(INDEX_NAMES))
     """With `grouping`, `query`, `head_reduce` and `retention`: in place of the policy's own; None
     keeps it."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three calls a worker makes per layer, over the Triton kernels."""
+"""The calls a worker makes per layer, over the Triton kernels."""
 
 from __future__ import annotations
 
@@ -77,6 +77,10 @@ class TritonOps:
         quantize_query(query, rotation, work.levels, work.steps)
         score_sentences(geometry, pools, batch, query, work)
         select_blocks(geometry, pools, batch, work)
+        self.reuse_selection(pools, batch, out)
+
+    def reuse_selection(self, pools: LayerPools, batch: SparseBatch, out: DecodeOutputs) -> None:
+        """What `decode_layer` does once blocks are selected; the workspace holds them."""
         self.resolve_residency(pools, batch, out)
         self.swap_in(pools, batch)
 

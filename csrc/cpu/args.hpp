@@ -92,6 +92,13 @@ struct Attention {
   float scale;
 };
 
+// types.Selection of the layer that ranked last, for the layers that share it.
+struct Selected {
+  int32_t* blocks;  // [S, H, max_blocks]
+  float* coverage;  // [S, H]
+  int64_t max_blocks;
+};
+
 // layer_ops.DecodeOutputs.
 struct Outputs {
   int32_t* head_tables;

@@ -14,7 +14,6 @@ namespace {
 struct HeadResult {
   int64_t stage_ns[4];
   int64_t misses;
-  float coverage;
   Status status;
 };
 
@@ -31,32 +30,52 @@ int64_t now_ns() {
   return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
 }
 
-HeadResult decode_head(const Pools& pools, const Attention& attention, const Request& request,
-                       int64_t head, const void* query, int32_t* table) {
-  static thread_local Scratch scratch;
-  HeadResult result{};
-  int64_t clock[5] = {now_ns()};
-  if (request.takes_everything()) {
-    clock[1] = now_ns();
-    select_everything(request, scratch, result.coverage);
-  } else {
-    if (!pools.has_vectors(request.kind)) {
-      result.status = Status::kNoSpreads;
-      return result;
+// Calls rank(request, pair, scratch, blocks, coverage, scored), which leaves the selection of a
+// (request, KV head) in blocks and coverage and in `scored` the time when it had scored; resolves
+// and swaps in; adds up the outputs. Returns a Status; after a failure they are not all written.
+template <class Rank>
+int32_t decode(const Pools& pools, const Batch& batch, int64_t rows_per_page,
+               const Selected& selected, const Outputs& out, Rank rank) {
+  static thread_local Buffer<HeadResult> buffer;
+  const int64_t heads = pools.heads, pairs = batch.requests * heads;
+  HeadResult* results = buffer.reserve(pairs);
+  parallel_for(pairs, [&](int64_t pair) {
+    static thread_local Scratch scratch;
+    const int64_t head = pair % heads;
+    const Request request(batch, pair / heads, rows_per_page);
+    int32_t* blocks = selected.blocks + pair * selected.max_blocks;
+    int32_t* table = out.head_tables + pair * out.table_width + request.history_lo;
+    HeadResult& result = results[pair] = {};
+    if (request.budget > selected.max_blocks) {
+      result.status = Status::kWorkingSetTooSmall;
+      return;
     }
-    const Scored scored = score(isa, attention, pools, request, head, query, scratch);
-    clock[1] = now_ns();
-    result.status = select(pools, request, head, scored, scratch, result.coverage);
-    if (result.status != Status::kOk) return result;
+    int64_t clock[5] = {now_ns()};
+    result.status = rank(request, pair, scratch, blocks, selected.coverage[pair], clock[1]);
+    if (result.status != Status::kOk) return;
+    clock[2] = now_ns();
+    result.status = resolve(pools, request, head, blocks, scratch, table, result.misses);
+    if (result.status != Status::kOk) return;
+    clock[3] = now_ns();
+    swap_in(pools, request, head, blocks, scratch, table, result.misses);
+    clock[4] = now_ns();
+    for (int i = 0; i < 4; ++i) result.stage_ns[i] = clock[i + 1] - clock[i];
+  });
+  int64_t stage_ns[4] = {};
+  for (int64_t s = 0; s < batch.requests; ++s) {
+    float coverage = 0;
+    for (int64_t pair = s * heads; pair < (s + 1) * heads; ++pair) {
+      const HeadResult& result = results[pair];
+      if (result.status != Status::kOk) return static_cast<int32_t>(result.status);
+      out.misses[s] += result.misses;
+      out.hits[s] += batch.budget_blocks[s] - result.misses;
+      coverage += selected.coverage[pair];
+      for (int i = 0; i < 4; ++i) stage_ns[i] += result.stage_ns[i];
+    }
+    out.coverage[s] += coverage / static_cast<float>(heads);
   }
-  clock[2] = now_ns();
-  result.status = resolve(pools, request, head, scratch, table, result.misses);
-  if (result.status != Status::kOk) return result;
-  clock[3] = now_ns();
-  swap_in(pools, request, head, scratch, table, result.misses);
-  clock[4] = now_ns();
-  for (int i = 0; i < 4; ++i) result.stage_ns[i] = clock[i + 1] - clock[i];
-  return result;
+  for (int i = 0; i < 4; ++i) out.stage_ns[i] += stage_ns[i] / num_threads(pairs);
+  return static_cast<int32_t>(Status::kOk);
 }
 
 }  // namespace
@@ -67,35 +86,39 @@ extern "C" int32_t sentencekv_cpu_limit_isa(int32_t limit) {
   return static_cast<int32_t>(isa);
 }
 
-// query: [S, H * G, D]. Returns a Status; after a failure the outputs are not all written.
+// query: [S, H * G, D]. Returns a Status, as does the other entry.
 extern "C" int32_t sentencekv_cpu_decode_layer(const Pools* pools, const Batch* batch,
-                                               const Attention* attention, const Outputs* out,
+                                               const Attention* attention,
+                                               const Selected* selected, const Outputs* out,
                                                const uint8_t* query) {
-  static thread_local Buffer<HeadResult> buffer;
-  const int64_t heads = pools->heads, pairs = batch->requests * heads;
+  const int64_t heads = pools->heads;
   const int64_t query_bytes = attention->group_size * pools->head_dim *
                               (attention->query_dtype == Dtype::kFloat32 ? 4 : 2);
-  HeadResult* results = buffer.reserve(pairs);
-  parallel_for(pairs, [&](int64_t pair) {
-    const Request request(*batch, pair / heads, attention->rows_per_page);
-    results[pair] = decode_head(*pools, *attention, request, pair % heads,
-                                query + pair * query_bytes,
-                                out->head_tables + pair * out->table_width + request.history_lo);
-  });
-  int64_t stage_ns[4] = {};
-  for (int64_t s = 0; s < batch->requests; ++s) {
-    float coverage = 0;
-    for (const HeadResult *r = results + s * heads, *end = r + heads; r < end; ++r) {
-      if (r->status != Status::kOk) return static_cast<int32_t>(r->status);
-      out->misses[s] += r->misses;
-      out->hits[s] += batch->budget_blocks[s] - r->misses;
-      coverage += r->coverage;
-      for (int i = 0; i < 4; ++i) stage_ns[i] += r->stage_ns[i];
+  auto rank = [&](const Request& request, int64_t pair, Scratch& scratch, int32_t* blocks,
+                  float& coverage, int64_t& scored_ns) {
+    if (request.takes_everything()) {
+      scored_ns = now_ns();
+      select_everything(request, blocks, coverage);
+      return Status::kOk;
     }
-    out->coverage[s] += coverage / static_cast<float>(heads);
-  }
-  for (int i = 0; i < 4; ++i) out->stage_ns[i] += stage_ns[i] / num_threads(pairs);
-  return static_cast<int32_t>(Status::kOk);
+    if (!pools->has_vectors(request.kind)) return Status::kNoSpreads;
+    const int64_t head = pair % heads;
+    const Scored scored =
+        score(isa, *attention, *pools, request, head, query + pair * query_bytes, scratch);
+    scored_ns = now_ns();
+    return select(*pools, request, head, scored, scratch, blocks, coverage);
+  };
+  return decode(*pools, *batch, attention->rows_per_page, *selected, *out, rank);
+}
+
+// The blocks that the last layer selected, in this one.
+extern "C" int32_t sentencekv_cpu_reuse_selection(const Pools* pools, const Batch* batch,
+                                                  const Selected* selected, const Outputs* out) {
+  auto rank = [](const Request&, int64_t, Scratch&, int32_t*, float&, int64_t& scored_ns) {
+    scored_ns = now_ns();
+    return Status::kOk;
+  };
+  return decode(*pools, *batch, 1, *selected, *out, rank);
 }
 
 }  // namespace sentencekv::cpu

@@ -11,12 +11,11 @@
 
 namespace sentencekv::cpu {
 
-// Turns scratch.blocks (history blocks) into the head's table entries, `slot * H + h`, and lists
+// Turns the selected history blocks into the head's table entries, `slot * H + h`, and lists
 // in scratch.missing the positions whose slots are still to be filled.
-inline Status resolve(const Pools& pools, const Request& request, int64_t head, Scratch& scratch,
-                      int32_t* table, int64_t& misses) {
+inline Status resolve(const Pools& pools, const Request& request, int64_t head,
+                      const int32_t* blocks, Scratch& scratch, int32_t* table, int64_t& misses) {
   const int64_t heads = pools.heads;
-  const int32_t* blocks = scratch.blocks.data();
   int32_t* missing = scratch.missing.reserve(request.budget);
   misses = 0;
   for (int64_t k = 0; k < request.budget; ++k) {
@@ -54,9 +53,9 @@ inline Status resolve(const Pools& pools, const Request& request, int64_t head, 
   return Status::kOk;
 }
 
-inline void swap_in(const Pools& pools, const Request& request, int64_t head, Scratch& scratch,
-                    const int32_t* table, int64_t misses) {
-  const int32_t* blocks = scratch.blocks.data();
+inline void swap_in(const Pools& pools, const Request& request, int64_t head,
+                    const int32_t* blocks, Scratch& scratch, const int32_t* table,
+                    int64_t misses) {
   const int32_t* missing = scratch.missing.data();
   for (int64_t m = 0; m < misses; ++m)
     std::memcpy(pools.cache_head(table[missing[m]] / pools.heads, head),

@@ -26,8 +26,7 @@ struct Scratch {
   Buffer<float> winners;       // best score of each team of sentences
   Buffer<uint64_t> victims;    // sort keys
   Buffer<uint64_t> taken;      // a bit for each history block
-  Buffer<int32_t> blocks;      // selected
-  Buffer<int32_t> missing;     // positions in `blocks`
+  Buffer<int32_t> missing;     // positions in the selection
 };
 
 }  // namespace sentencekv::cpu

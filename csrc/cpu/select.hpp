@@ -12,9 +12,9 @@
 
 namespace sentencekv::cpu {
 
-// Fills scratch.blocks with `budget` history blocks, ascending, and `coverage`.
+// Fills `blocks` with `budget` history blocks, ascending, and `coverage`.
 inline Status select(const Pools& pools, const Request& request, int64_t head,
-                     const Scored& scored, Scratch& scratch, float& coverage) {
+                     const Scored& scored, Scratch& scratch, int32_t* blocks, float& coverage) {
   const int64_t n = pools.block_size, lo = request.history_lo, hi = request.history_hi;
   const float* mass = scratch.mass.data();
   const int64_t words = (hi - lo + 63) / 64;
@@ -39,15 +39,13 @@ inline Status select(const Pools& pools, const Request& request, int64_t head,
     pools.kept[rows[sentence] * pools.heads + head] = 1;
     coverage += mass[i];
   }
-  int32_t* blocks = scratch.blocks.reserve(request.budget);
   for (int64_t w = 0; w < words; ++w)
     for (uint64_t bits = taken[w]; bits; bits &= bits - 1)
       *blocks++ = static_cast<int32_t>(lo + w * 64 + std::countr_zero(bits));
   return Status::kOk;
 }
 
-inline void select_everything(const Request& request, Scratch& scratch, float& coverage) {
-  int32_t* blocks = scratch.blocks.reserve(request.budget);
+inline void select_everything(const Request& request, int32_t* blocks, float& coverage) {
   for (int64_t block = request.history_lo; block < request.history_hi; ++block)
     *blocks++ = static_cast<int32_t>(block);
   coverage = 1;

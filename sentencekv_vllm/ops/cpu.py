@@ -46,7 +46,9 @@ class CpuOps:
         library = load_library()
         self._limit_isa = library.sentencekv_cpu_limit_isa
         self._decode_layer = library.sentencekv_cpu_decode_layer
-        self._decode_layer.argtypes = [ctypes.c_void_p] * 5
+        self._decode_layer.argtypes = [ctypes.c_void_p] * 6
+        self._reuse_selection = library.sentencekv_cpu_reuse_selection
+        self._reuse_selection.argtypes = [ctypes.c_void_p] * 4
         self._index_pages = library.sentencekv_cpu_index_pages
         self._index_pages.argtypes = [
             *[ctypes.c_void_p] * 4,
@@ -72,6 +74,7 @@ class CpuOps:
         self._rotation = _PerObject(self._bind_rotation)
         self._channels_first = _PerObject(_channels_first)
         self._attention: tuple[object, ...] = (None, None, None, None)
+        self._selected = args.make_selected(0, 0)
 
     def limit_isa(self, isa: int) -> int:
         """Scan with at most this instruction set (0 portable, 1 AVX2, 2 AVX-512), for tests.
@@ -149,11 +152,31 @@ class CpuOps:
             args.check("query", query, query.dtype, shape)
         if o.requests != b.requests or o.heads != p.heads:
             args.check("head_tables", out.head_tables, torch.int32, (b.requests, p.heads, -1))
+        if not self._selected_fits(p, b):
+            self._selected = args.make_selected(b.requests * p.heads, b.working_set)
         status = self._decode_layer(
-            ctypes.byref(p), ctypes.byref(b), attention[3], ctypes.byref(o), query.data_ptr()
+            ctypes.byref(p),
+            ctypes.byref(b),
+            attention[3],
+            ctypes.byref(self._selected),
+            ctypes.byref(o),
+            query.data_ptr(),
         )
         if status:
             raise RuntimeError(FAILURES[status])
+
+    def reuse_selection(self, pools: LayerPools, batch: SparseBatch, out: DecodeOutputs) -> None:
+        p, b, o = self._pools(pools), self._batch(batch), self._outputs(out)
+        assert self._selected_fits(p, b), "a layer before this one ranks"
+        status = self._reuse_selection(
+            ctypes.byref(p), ctypes.byref(b), ctypes.byref(self._selected), ctypes.byref(o)
+        )
+        if status:
+            raise RuntimeError(FAILURES[status])
+
+    def _selected_fits(self, pools: args.Pools, batch: args.Batch) -> bool:
+        pairs, max_blocks = self._selected.pairs, self._selected.max_blocks
+        return bool(batch.requests * pools.heads <= pairs and batch.working_set == max_blocks)
 
     def _bind_rotation(self, rotation: Tensor, dim: int, index_dim: int) -> args.Rotation:
         matrix = args.check("rotation", rotation, torch.float32, (dim, index_dim))

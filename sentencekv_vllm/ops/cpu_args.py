@@ -67,6 +67,13 @@ class Attention(ctypes.Structure):
     ]
 
 
+class Selected(ctypes.Structure):
+    _fields_ = [
+        *_fields(ctypes.c_void_p, "blocks", "coverage"),
+        ("max_blocks", ctypes.c_int64),
+    ]
+
+
 class Outputs(ctypes.Structure):
     _fields_ = [
         *_fields(ctypes.c_void_p, "head_tables", "hits", "misses", "coverage", "stage_ns"),
@@ -147,6 +154,15 @@ def bind_batch(batch: SparseBatch) -> Batch:
         values[name], values[pitch] = rows.data_ptr(), rows.stride(0)
     values["working_set"] = batch.private_blocks.shape[1]
     return Batch(**values)
+
+
+def make_selected(pairs: int, max_blocks: int) -> Selected:
+    """Room for the selections of `pairs` (request, KV head)."""
+    blocks = torch.empty(pairs, max_blocks, dtype=torch.int32)
+    coverage = torch.empty(pairs)
+    selected = Selected(blocks.data_ptr(), coverage.data_ptr(), max_blocks)
+    selected.pairs, selected.tensors = pairs, (blocks, coverage)
+    return selected
 
 
 def bind_outputs(out: DecodeOutputs) -> Outputs:

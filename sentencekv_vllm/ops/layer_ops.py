@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three calls a worker makes per layer, and their plain PyTorch definition."""
+"""The calls a worker makes per layer, and their plain PyTorch definition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..types import Geometry, IndexKind, LayerPools, SparseBatch
+from ..types import Geometry, IndexKind, LayerPools, Selection, SparseBatch
 from .index_pages import index_pages
 from .index_sentences import index_sentences
 from .resolve_residency import resolve_residency
@@ -74,6 +74,16 @@ class LayerOps(Protocol):
             query: [S, H * G, D] contiguous, the query that ranks (bf16, fp16 or fp32).
         """
 
+    def reuse_selection(self, pools: LayerPools, batch: SparseBatch, out: DecodeOutputs) -> None:
+        """`decode_layer` for a layer that shares the selection of the last call of it.
+
+        Nothing is scored: the blocks are resolved and swapped in, `kept` and the index are
+        not read. Hits, misses and coverage are added as there.
+
+        Args:
+            batch: that of the last `decode_layer`.
+        """
+
 
 class ReferenceOps:
     """Stage after stage in plain PyTorch: the definition, and the fallback."""
@@ -83,6 +93,7 @@ class ReferenceOps:
     def __init__(self) -> None:
         self.index_pages = index_pages
         self.index_sentences = index_sentences
+        self._selection: Selection | None = None
 
     def decode_layer(
         self,
@@ -97,11 +108,28 @@ class ReferenceOps:
         scores, mass = score_sentences(geometry, pools, batch, query, rotation)
         clock.append(time.perf_counter_ns())
         selection = select_blocks(geometry, pools, batch, scores, mass)
+        self._selection = selection
         clock.append(time.perf_counter_ns())
+        self._attendable(pools, batch, selection, out, clock)
+
+    def reuse_selection(self, pools: LayerPools, batch: SparseBatch, out: DecodeOutputs) -> None:
+        assert self._selection is not None, "a layer before this one ranks"
+        clock = [time.perf_counter_ns()] * 3
+        self._attendable(pools, batch, self._selection, out, clock)
+
+    @staticmethod
+    def _attendable(
+        pools: LayerPools,
+        batch: SparseBatch,
+        selection: Selection,
+        out: DecodeOutputs,
+        clock: list[int],
+    ) -> None:
+        """Resolve, swap in and add up; `clock` has the times before, after score and select."""
         residency = resolve_residency(pools, batch, selection)
         clock.append(time.perf_counter_ns())
         swap_in(pools, residency.misses)
-        heads = geometry.num_kv_heads
+        heads = pools.page_slot.shape[1]
         for s in range(len(batch.budget_blocks)):
             lo, budget = int(batch.history_lo[s]), int(batch.budget_blocks[s])
             slots = residency.slots[s, :, :budget]

@@ -62,6 +62,7 @@ def build_runtime(
             working_set_blocks=resolved.working_set_blocks,
             ops=make_layer_ops(_sizes(vllm_config, resolved, geometry, caches[0].device)),
             layer_names=names,
+            layer_share=resolved.config.layer_share,
         )
     except torch.OutOfMemoryError as error:
         raise ConfigError(

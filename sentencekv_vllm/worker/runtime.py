@@ -41,6 +41,7 @@ class Runtime:
         ops: LayerOps,
         layer_names: Sequence[str],
         copies: CopyStream | None = None,
+        layer_share: int = 1,
     ) -> None:
         """Allocate everything.
 
@@ -53,6 +54,7 @@ class Runtime:
             working_set_blocks: private blocks of a request.
             ops: implementation of the device functions.
             layer_names: in the order of `caches`.
+            layer_share: consecutive layers that attend to what the first of them selects.
             copies: where copy-out is queued; by default what suits the device of `caches`.
         """
         self.geometry = geometry
@@ -71,6 +73,7 @@ class Runtime:
         self.query_previous = QueryPrevious(geometry, num_slots)
         self.counters: Counter[str] = Counter()
         self.rotation = rotation(geometry.head_dim, geometry.index_dim).to(self.device)
+        self._layer_share = layer_share
         self._copies = copies or copy_stream(self.device)
         self._key_offset = key_offset
         self._rows: SparseRows | None = None
@@ -203,15 +206,19 @@ class Runtime:
         return found
 
     def rank(self, plan: StepPlan, layer: int, query: Tensor) -> Tensor:
-        """Score, select, resolve and swap in; the layer's tables [S, H, W] are ready after it.
+        """Select, resolve and swap in; the layer's tables [S, H, W] are ready after it.
 
         Args:
             query: [S, Hq, D] contiguous, the current queries.
         """
-        ranking = self._ranking_query(plan, layer, query)
-        self.ops.decode_layer(
-            self.geometry, self.pools.layers[layer], plan.batch, ranking, self.rotation, plan.out
-        )
+        pools = self.pools.layers[layer]
+        if layer % self._layer_share:
+            self.ops.reuse_selection(pools, plan.batch, plan.out)
+        else:
+            ranking = self._ranking_query(plan, layer, query)
+            self.ops.decode_layer(
+                self.geometry, pools, plan.batch, ranking, self.rotation, plan.out
+            )
         return plan.out.head_tables
 
     def _ranking_query(self, plan: StepPlan, layer: int, query: Tensor) -> Tensor:

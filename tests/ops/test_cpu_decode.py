@@ -110,6 +110,15 @@ def run(cpu: CpuOps, layer: Layer, pools: LayerPools, query: Tensor, step: int) 
     return out
 
 
+def other_content(pools: LayerPools) -> LayerPools:
+    """The same pages in another layer: other K and V in the swap pool, nothing resident."""
+    other = copy_pools(pools)
+    other.host.copy_(torch.randn(other.host.shape, generator=torch.Generator().manual_seed(9)))
+    for table in (other.page_slot, other.slot_page, other.slot_stamp):
+        table.fill_(-1)
+    return other
+
+
 def assert_step(ops: CpuOps, layer: Layer, mine: LayerPools, query: Tensor, step: int) -> bool:
     """One step of both, compared; returns whether the selections were equal."""
     batch, theirs = layer.at(step), layer.pools
@@ -134,6 +143,33 @@ def test_every_step_leaves_the_state_of_the_reference(ops: CpuOps, case: Case) -
     for step in range(4):
         if not assert_step(ops, layer, mine, layer.query(step), step):
             mine = copy_pools(layer.pools)
+
+
+@pytest.mark.parametrize("name", ["every-kind", "whole-history", "no-history", "float32"])
+def test_a_layer_attends_to_what_the_layer_before_selected(ops: CpuOps, name: str) -> None:
+    layer = build(CASES[name])
+    first, second, mine = layer.pools, other_content(layer.pools), other_content(layer.pools)
+    reference = ReferenceOps()
+    for step in range(4):
+        batch, query = layer.at(step), layer.query(step)
+        ranked, want, got = (layer.outputs() for _ in range(3))
+        theirs = copy_pools(first)
+        reference.decode_layer(
+            layer.geometry, theirs, batch, query, layer.rotation, layer.outputs()
+        )
+        ops.decode_layer(layer.geometry, first, batch, query, layer.rotation, ranked)
+        assert same_bytes(theirs.kept, first.kept), "a tie: choose another seed"
+        before = second.kept.clone()
+        reference.reuse_selection(second, batch, want)
+        ops.reuse_selection(mine, batch, got)
+        assert torch.equal(got.head_tables, want.head_tables)
+        assert torch.equal(got.head_tables, ranked.head_tables), "the layers' tables move alike"
+        for tally in ("hits", "misses"):
+            assert torch.equal(getattr(got, tally), getattr(want, tally))
+        torch.testing.assert_close(got.coverage, ranked.coverage, equal_nan=True)
+        assert torch.equal(second.kept, before)
+        for field in fields(LayerPools):
+            assert same_bytes(getattr(mine, field.name), getattr(second, field.name)), field.name
 
 
 @pytest.mark.parametrize("working_set", [4, 5, 9])

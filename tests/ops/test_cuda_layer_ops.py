@@ -38,6 +38,12 @@ class Twin:
         batch = replace(case.batch, step=step)
         self.ops.decode_layer(case.geometry, case.pools, batch, query, case.rotation, self.out)
 
+    def reuse(self) -> None:
+        """The last selection, in a layer where nothing is resident."""
+        for name in ("page_slot", "slot_page", "slot_stamp"):
+            getattr(self.case.pools, name).fill_(-1)
+        self.ops.reuse_selection(self.case.pools, replace(self.case.batch, step=6), self.out)
+
     def state(self) -> dict[str, torch.Tensor]:
         pools = {name: getattr(self.case.pools, name) for name in STATE}
         cache = self.case.pools.cache.view(torch.int16)  # bytes: unused slots are NaN
@@ -80,6 +86,9 @@ def test_steps_equal_tritons(build, cuda_kernels, workspace) -> None:
         for twin in twins:
             twin.decode(step, query)
         assert_same(*twins, step)
+    for twin in twins:
+        twin.reuse()
+    assert_same(*twins, "reuse")
     hits, misses = (int(getattr(twins[0].out, name).sum()) for name in ("hits", "misses"))
     assert hits > 0 and misses > 0
 

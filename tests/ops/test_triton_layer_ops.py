@@ -73,6 +73,29 @@ def test_steps_equal_the_reference(build, kernels, workspace, head_dim, group):
     assert int(actual_out.stage_ns.sum()) == 0
 
 
+def test_a_layer_attends_to_what_the_layer_before_selected(build, kernels, workspace):
+    from sentencekv_vllm.triton_kernels.layer_ops import TritonOps
+
+    case = build(build.row(tokens=577), build.row(tokens=320, kind=IndexKind.CENTROID))
+    found = []
+    for ops, device in (
+        (ReferenceOps(), "cpu"),
+        (TritonOps(workspace(case, kernels)), kernels),
+    ):
+        first, second = case.to(device), case.to(device)
+        second.pools.host.copy_(-first.pools.host)
+        out, shared = outputs(case, device), outputs(case, device)
+        ops.decode_layer(first.geometry, first.pools, first.batch, first.query, first.rotation, out)
+        ops.reuse_selection(second.pools, second.batch, shared)
+        assert torch.equal(shared.head_tables, out.head_tables)
+        assert torch.equal(second.pools.page_slot, first.pools.page_slot)
+        resident = second.pools.slot_page >= 0
+        assert torch.equal(second.pools.cache[resident], -first.pools.cache[resident])
+        torch.testing.assert_close(shared.coverage, out.coverage, equal_nan=True)
+        found.append((shared.head_tables.cpu(), shared.misses.tolist(), shared.hits.tolist()))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1:] == found[1][1:]
+
+
 def test_requests_do_not_see_each_other(build, kernels, workspace):
     """A request selects the same alone, and in a wider batch of padded rows."""
     from sentencekv_vllm.triton_kernels.layer_ops import TritonOps

@@ -92,6 +92,10 @@ class RecordingOps:
             self.streams.touch("page", batch.pages[s, : batch.num_pages[s]], written=False)
             self.streams.touch("row", batch.row_pages[s, : batch.num_sentences[s]], written=False)
 
+    def reuse_selection(self, pools, batch, out):
+        for s in range(len(batch.num_pages)):
+            self.streams.touch("page", batch.pages[s, : batch.num_pages[s]], written=False)
+
 
 class Engine:
     """Steps of a runtime, and the forward that each is followed by."""

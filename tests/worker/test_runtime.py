@@ -27,7 +27,7 @@ GEOMETRY = Geometry(
 BUDGET, PROMPT_BLOCKS = 3, 14
 
 
-def make_runtime(working_set: int) -> Runtime:
+def make_runtime(working_set: int, layer_share: int = 1) -> Runtime:
     generator = torch.Generator().manual_seed(0)
     caches = [torch.randn(BLOCKS, HEADS, N, 2 * D, generator=generator) for _ in range(2)]
     token_order = torch.arange(N * D, dtype=torch.int32)  # of K, the first half of a head-block
@@ -40,6 +40,7 @@ def make_runtime(working_set: int) -> Runtime:
         working_set_blocks=working_set,
         ops=ReferenceOps(),
         layer_names=["first", "second"],
+        layer_share=layer_share,
     )
 
 
@@ -277,9 +278,9 @@ def test_only_requests_that_ask_for_it_rank_by_the_running_mean():
     assert mean != current, "-30 q0 outweighs q1 in the mean"
 
 
-def selections(kinds, queries, retention=5.0):
+def selections(kinds, queries, retention=5.0, layer_share=1):
     """Pages that each request selects, [step][layer][request][head], by the given query kinds."""
-    runtime = make_runtime(BUDGET)
+    runtime = make_runtime(BUDGET, layer_share)
     blocks = [[*range(1, 15)], [*range(21, 35)]]
     updates = [
         turning_sparse(
@@ -312,6 +313,16 @@ def test_previous_selects_at_each_step_what_current_selects_at_the_step_before(d
     current, previous = QueryKind.CURRENT, QueryKind.PREVIOUS
     assert selections([previous] * 2, queries) == selections([current] * 2, late)
     assert selections([previous] * 2, queries) != selections([current] * 2, queries)
+
+
+@pytest.mark.parametrize("kind", QueryKind)
+def test_layers_that_share_attend_to_what_the_first_of_them_selects(kind):
+    generator = torch.Generator().manual_seed(7)
+    queries = 3 * torch.randn(5, 2, 2, HEADS * GROUP, D, generator=generator)
+    alone, shared = selections([kind] * 2, queries), selections([kind] * 2, queries, layer_share=2)
+    assert any(first != second for first, second in alone)
+    for (first, _), (leader, follower) in zip(alone, shared, strict=True):
+        assert leader == follower == first
 
 
 def test_query_kinds_of_one_batch_do_not_meet():
