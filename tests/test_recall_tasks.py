@@ -56,7 +56,7 @@ def test_depth_places_the_needle():
 def test_an_answer_prefix_moves_the_restated_key_into_the_prompt():
     plain = make_prompt("niah_single", 300, seed=4)
     prefixed = make_prompt("niah_single", 300, seed=4, answer_prefix=True)
-    assert prefixed.prompt.endswith(plain.target.replace(prefixed.target, ""))
+    assert prefixed.prompt == plain.prompt + plain.target.removesuffix(prefixed.target)
     assert prefixed.target == f" {plain.answers[0]}."
 
 

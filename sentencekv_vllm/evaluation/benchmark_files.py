@@ -72,7 +72,7 @@ def check_lengths(
     for problem in problems:
         if problem.cell.tokens:
             continue  # made to measure
-        tokens = count_tokens(problem.make().prompt) + 1
+        tokens = count_tokens(problem.make(count_tokens).prompt) + 1
         if tokens > longest:
             raise BenchmarkFileError(
                 f"{problem.cell}, question {problem.seed}: {tokens} prompt tokens, the engine "
@@ -81,7 +81,7 @@ def check_lengths(
 
 
 def _problem(cell: Cell, seed: int, item: Item) -> Problem:
-    return Problem(cell, seed, lambda: item)
+    return Problem(cell, seed, lambda count_tokens: item)
 
 
 def _item(form: Format, path: Path, index: int, line: str) -> Item:

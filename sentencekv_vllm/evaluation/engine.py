@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .divergence import Distributions
+
 FORCE = "sentencekv_vllm.vllm_glue.force_tokens"
 
 
@@ -19,22 +21,24 @@ class Request:
     """One greedy completion to ask for."""
 
     prompt: str
-    max_tokens: int
+    max_tokens: int  # decoded freely
     options: Mapping[str, Any] = field(default_factory=dict)  # `Variant.options`
     forced: str = ""
-    """Decode this text whatever the model would say, and tell its distributions."""
+    """Decoded first, whatever the model would say."""
+    measured: str = ""
+    """Forced, too, after `forced`; its distributions are told. Then nothing is decoded freely."""
 
 
 @dataclass(frozen=True)
 class Completion:
     """One greedy answer, and whatever follows it up to the limit."""
 
-    text: str
-    output_tokens: int
+    text: str  # decoded freely
+    output_tokens: int  # all
     summary: dict[str, Any]  # `RequestState.summary()`
     cached_tokens: int = 0  # of the prompt, from the prefix cache
-    logprobs: NDArray[np.float32] | None = None
-    """[output tokens, vocabulary], of a forced request: natural, before sampling."""
+    forced: Distributions | None = None
+    """Of `Request.measured`."""
 
 
 class Engine(Protocol):
@@ -103,16 +107,25 @@ class VllmEngine:
         prompts = [request.prompt for request in requests]
         parameters = [self._parameters(request) for request in requests]
         outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
-        return [
-            Completion(
-                text=output.outputs[0].text,
-                output_tokens=len(output.outputs[0].token_ids),
-                summary=(output.kv_transfer_params or {})["sentencekv"],
-                cached_tokens=output.num_cached_tokens or 0,
-                logprobs=self._table(output.outputs[0].logprobs) if request.forced else None,
+        return [self._completion(*pair) for pair in zip(requests, outputs, strict=True)]
+
+    def _completion(self, request: Request, output: Any) -> Completion:
+        reply = output.outputs[0]
+        text, measured = reply.text, None
+        first = len(self._tokens(request.forced)) if request.forced else 0
+        if request.measured:
+            measured = Distributions(
+                np.array(reply.token_ids[first:]), self._table(reply.logprobs[first:])
             )
-            for request, output in zip(requests, outputs, strict=True)
-        ]
+        elif request.forced:
+            text = self._tokenizer.decode(reply.token_ids[first:], skip_special_tokens=True)
+        return Completion(
+            text=text,
+            output_tokens=len(reply.token_ids),
+            summary=(output.kv_transfer_params or {})["sentencekv"],
+            cached_tokens=output.num_cached_tokens or 0,
+            forced=measured,
+        )
 
     def _tokens(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
@@ -120,19 +133,20 @@ class VllmEngine:
     def _parameters(self, request: Request) -> Any:
         from vllm import SamplingParams
 
-        # No stop string: vLLM finds it outside the engine, and the reply has no summary then.
-        if not request.forced:
+        forced = [t for part in (request.forced, request.measured) for t in self._tokens(part)]
+        options = {**request.options, **({"force_tokens": forced} if forced else {})}
+        if request.measured:
             return SamplingParams(
-                temperature=0, max_tokens=request.max_tokens, extra_args=dict(request.options)
+                temperature=0,
+                max_tokens=len(forced),
+                ignore_eos=True,
+                logprobs=-1,
+                detokenize=False,  # of thousands of candidates a step
+                extra_args=options,
             )
-        tokens = self._tokens(request.forced)
+        # No stop string: vLLM finds it outside the engine, and the reply has no summary then.
         return SamplingParams(
-            temperature=0,
-            max_tokens=len(tokens),
-            ignore_eos=True,
-            logprobs=-1,
-            detokenize=False,  # of thousands of candidates a step
-            extra_args={**request.options, "force_tokens": tokens},
+            temperature=0, max_tokens=len(forced) + request.max_tokens, extra_args=options
         )
 
     def _table(self, positions: Sequence[Mapping[int, Any]]) -> NDArray[np.float32]:

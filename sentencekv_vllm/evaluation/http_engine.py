@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
-from .engine import Completion, Request
+from .engine import FORCE, Completion, Request
 
 TIMEOUT_SECONDS = 600
 
@@ -44,19 +44,26 @@ class HttpEngine:
             return list(pool.map(self._one, requests))
 
     def _one(self, request: Request) -> Completion:
-        if request.forced:
+        if request.measured:
             raise ServerRefusal(
-                "distributions of forced tokens are not served over HTTP: leave out --kl, or "
-                "leave out --server to use an engine in this process"
+                "distributions of forced tokens are not served over HTTP: leave out --kl and long "
+                "texts, or leave out --server to use an engine in this process"
             )
+        forced = self._tokens(request.forced) if request.forced else []
         body = {
             "model": self._model,
             "prompt": request.prompt,
-            "max_tokens": request.max_tokens,
+            "max_tokens": len(forced) + request.max_tokens,
             "temperature": 0,
-            "vllm_xargs": dict(request.options),
+            "vllm_xargs": {**request.options, **({"force_tokens": forced} if forced else {})},
         }
         reply = self._send("/v1/completions", body)
+        text = reply["choices"][0]["text"]
+        if not text.startswith(request.forced):
+            raise ServerRefusal(
+                f"{self._url} does not decode what it is told to: start it with "
+                f"--logits-processors {FORCE}:ForceTokens"
+            )
         summary = (reply.get("kv_transfer_params") or {}).get("sentencekv")
         if summary is None:
             raise ServerRefusal(
@@ -65,15 +72,18 @@ class HttpEngine:
             )
         details = reply["usage"].get("prompt_tokens_details") or {}
         return Completion(
-            text=reply["choices"][0]["text"],
+            text=text[len(request.forced) :],
             output_tokens=reply["usage"]["completion_tokens"],
             summary=summary,
             cached_tokens=details.get("cached_tokens") or 0,
         )
 
     def _count(self, text: str) -> int:
+        return len(self._tokens(text))
+
+    def _tokens(self, text: str) -> list[int]:
         body = {"model": self._model, "prompt": text, "add_special_tokens": False}
-        return int(self._send("/tokenize", body)["count"])
+        return list(self._send("/tokenize", body)["tokens"])
 
     def _get(self, path: str) -> Any:
         return self._open(urllib.request.Request(f"{self._url}{path}"))

@@ -5,14 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product, zip_longest
 
-from .recall_tasks import RecallPrompt, make_prompt
+from .recall_tasks import SESSION, RecallPrompt, make_prompt
 from .scores import Metric, exact_line
+
+CountTokens = Callable[[str], int]
+"""Length of a text without begin-of-text."""
 
 STYLES = ("restated", "answer_prefix")
 """`restated`: the answer repeats the question's key first, so most of the recall happens while
 decoding. `answer_prefix`: the prompt ends with that key (RULER's style)."""
+
+TEXT = "text"
+"""Style of cells whose items have a `continuation`."""
 
 SPARE_TOKENS = 8  # a wrong answer may be longer than the right one
 
@@ -24,6 +31,11 @@ class Cell:
     task: str
     style: str
     tokens: int  # prompt length, begin-of-text token included; 0: whatever a file has
+
+    @property
+    def is_text(self) -> bool:
+        """Long texts to be decoded by force, which have no answer."""
+        return self.style == TEXT
 
     def __str__(self) -> str:
         return f"{self.task} / {self.style} / {self.tokens or 'as is'}"
@@ -38,9 +50,13 @@ class Item:
         references: answers that the last turn is scored against.
         metric: score of the last turn's reply, 0 to 1.
         max_tokens: of a reply.
-        target: expected continuation of the prompt where it is known word for word, which
+        target: expected continuation of prompt and `forced` where it is known word for word, which
             is what the distance from dense attention is measured on; else empty.
         next_head: what follows the first reply in a second turn; empty for one turn.
+        forced: decoded first, whatever the model would say: the first turn's answer and the
+            second question, in one request. What a policy has dropped by then stays dropped.
+        continuation: a long text to be decoded by force in place of an answer; the score is the
+            share of its tokens that the model would have chosen.
         depth: place of the evidence, 0 = start of the prompt; None if unknown or in several.
     """
 
@@ -50,6 +66,8 @@ class Item:
     max_tokens: int
     target: str = ""
     next_head: str = ""
+    forced: str = ""
+    continuation: str = ""
     depth: float | None = None
 
 
@@ -59,7 +77,7 @@ class Problem:
 
     cell: Cell
     seed: int
-    make: Callable[[], Item]
+    make: Callable[[CountTokens], Item]
 
 
 def make_cells(
@@ -69,8 +87,8 @@ def make_cells(
     return tuple(Cell(t, s, n) for n, t, s in product(lengths, tasks, styles))
 
 
-def make_item(cell: Cell, seed: int, count_tokens: Callable[[str], int]) -> Item:
-    """One recall question; `count_tokens` is the length of a text without begin-of-text.
+def make_item(cell: Cell, seed: int, count_tokens: CountTokens) -> Item:
+    """One recall question.
 
     The styles of a task ask the same questions about the same texts.
     """
@@ -81,13 +99,15 @@ def make_item(cell: Cell, seed: int, count_tokens: Callable[[str], int]) -> Item
         count_tokens,
         answer_prefix=cell.style == "answer_prefix",
     )
+    session = cell.task == SESSION
     return Item(
         prompt=recall.prompt,
         references=((recall.next_target or recall.target).strip(),),
         metric=exact_line,
         max_tokens=max(map(count_tokens, (recall.target, recall.next_target))) + SPARE_TOKENS,
-        target=recall.target,
-        next_head=recall.next_head,
+        target=recall.next_target if session else recall.target,
+        next_head="" if session else recall.next_head,
+        forced=recall.target + recall.next_head if session else "",
         depth=_depth(recall),
     )
 
@@ -99,15 +119,12 @@ def _depth(recall: RecallPrompt) -> float | None:
     return recall.prompt.index(recall.needles[-1]) / len(recall.prompt)
 
 
-def recall_problems(
-    cells: Sequence[Cell], num_items: int, count_tokens: Callable[[str], int]
-) -> list[list[Problem]]:
+def recall_problems(cells: Sequence[Cell], num_items: int) -> list[list[Problem]]:
     """The questions of each cell; seeds are 0 to `num_items` - 1."""
-
-    def maker(cell: Cell, seed: int) -> Callable[[], Item]:
-        return lambda: make_item(cell, seed, count_tokens)
-
-    return [[Problem(c, seed, maker(c, seed)) for seed in range(num_items)] for c in cells]
+    return [
+        [Problem(cell, seed, partial(make_item, cell, seed)) for seed in range(num_items)]
+        for cell in cells
+    ]
 
 
 def interleave(by_cell: Sequence[Sequence[Problem]]) -> Iterator[Problem]:

@@ -6,45 +6,72 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from .divergence import BUCKET
+from .share import NO_NUMBERS
 from .table import Row
 from .variant import DENSE, Variant
 
 
-def markdown(rows: Sequence[Row], variants: Sequence[Variant]) -> str:
-    """All questions together, then cells against variants: accuracy, kept, traffic."""
+def markdown(
+    rows: Sequence[Row],
+    variants: Sequence[Variant],
+    history_tokens: Callable[[int], int] | None = None,
+) -> str:
+    """All questions together, then cells against variants: accuracy, kept, traffic; long texts.
+
+    Args:
+        rows: of `table.summarise`.
+        variants: in the order to show them.
+        history_tokens: tokens of the history that a budget selects.
+    """
     sparse = [v for v in variants if v.name != DENSE]
-    tables = [
-        _pooled([row for row in rows if row.cell is None]),
-        _pivot(rows, "Score (95 % interval)", variants, _exact),
-        _pivot(rows, "Score on the questions that dense attention solves", sparse, _kept),
-        _pivot(
-            rows,
-            "Hit rate, KiB swapped in per step, share of attention selected",
-            sparse,
-            _traffic,
-        ),
+    answered = [row for row in rows if row.cell is None or not row.cell.is_text]
+    tables = []
+    if any(row.cell for row in answered):
+        tables += [
+            _pooled([row for row in rows if row.cell is None], history_tokens),
+            _pivot(answered, "Score (95 % interval)", variants, _exact),
+            _pivot(answered, "Score on the questions that dense attention solves", sparse, _kept),
+            _pivot(
+                answered,
+                "Hit rate, KiB swapped in per step, share of attention selected",
+                sparse,
+                _traffic,
+            ),
+        ]
+    texts = [row for row in rows if row.cell and row.cell.is_text]
+    for cell in dict.fromkeys(row.cell for row in texts):
+        tables.append(_text([row for row in texts if row.cell == cell]))
+    return "\n\n".join([*tables, *_dense_steps(rows, sparse)])
+
+
+def _dense_steps(rows: Sequence[Row], sparse: Sequence[Variant]) -> list[str]:
+    found = [row for row in rows if row.variant in sparse and row.sparse.value < 1]
+    if not found:
+        return []
+    head = "Decode steps that were run densely, so that these rows flatter the policy:\n\n"
+    return [
+        head
+        + "\n".join(
+            f"- {row.cell or 'all'}, {row.variant}: sparse in {row.sparse.value:.1%}"
+            for row in found
+        )
     ]
-    text = "\n\n".join(tables)
-    dense_steps = [row for row in rows if row.variant in sparse and row.sparse.value < 1]
-    if dense_steps:
-        text += "\n\nDecode steps that were run densely, so that these rows flatter the policy:\n"
-        text += "".join(f"\n- {row.cell or 'all'}, {row.variant}: sparse in {row.sparse.value:.1%}"
-                        for row in dense_steps)  # fmt: skip
-    return text
 
 
-def _pooled(rows: Sequence[Row]) -> str:
+def _pooled(rows: Sequence[Row], history_tokens: Callable[[int], int] | None) -> str:
     head = [
-        *("policy @ budget", "questions", "score (95 % interval)", "kept of dense"),
+        *("policy @ budget", "history", "questions", "score (95 % interval)", "kept of dense"),
         *("KL to dense", "hit rate", "KiB a step", "attention selected", "index B a token"),
     ]
     body = [
         [
             str(row.variant),
+            _history(row.variant, history_tokens),
             str(row.exact.whole),
             str(row.exact),
             str(row.kept),
-            _show(row.kl, ".4f"),
+            row.kl.show(".4f"),
             _show(row.hits.value, ".2f"),
             _show(row.swapped_bytes_per_step / 1024, ".0f"),
             _show(row.coverage, ".2f"),
@@ -52,11 +79,50 @@ def _pooled(rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]
-    return f"All questions together:\n\n{_table(head, body)}"
+    return (
+        "All questions together; a budget counts sinks and recent window, `history` is the rest of "
+        f"it, tokens per KV head in whole blocks:\n\n{_table(head, body)}"
+    )
+
+
+def _history(variant: Variant, history_tokens: Callable[[int], int] | None) -> str:
+    if variant.budget is None or history_tokens is None:
+        return NO_NUMBERS
+    return str(history_tokens(variant.budget))
+
+
+def _text(rows: Sequence[Row]) -> str:
+    """One long text: perplexity, next token, KL by the length of what has been decoded."""
+    buckets = max(len(row.kl_by_length) for row in rows)
+    steps = [f"KL, steps {BUCKET * i + 1}-{BUCKET * (i + 1)}" for i in range(buckets)]
+    head = ["policy @ budget", "texts", "perplexity", "next token right", "KL to dense", *steps]
+    body = [
+        [
+            str(row.variant),
+            str(row.exact.whole),
+            _perplexity(row),
+            str(row.exact),
+            row.kl.show(".4f"),
+            *(mean.show(".4f") for mean in row.kl_by_length),
+            *[NO_NUMBERS] * (buckets - len(row.kl_by_length)),
+        ]
+        for row in rows
+    ]
+    return f"{rows[0].cell}, decoded by force; intervals over texts:\n\n{_table(head, body)}"
+
+
+def _perplexity(row: Row) -> str:
+    if not row.nll.count:
+        return NO_NUMBERS
+    middle = math.exp(row.nll.value)
+    if math.isnan(row.nll.half):
+        return f"{middle:.3f}"
+    low, high = (math.exp(row.nll.value + sign * row.nll.half) for sign in (-1, 1))
+    return f"{middle:.3f} ({low:.3f}-{high:.3f})"
 
 
 def _show(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
+    return NO_NUMBERS if math.isnan(value) else format(value, form)
 
 
 def _exact(row: Row) -> tuple[int, str]:
@@ -69,7 +135,7 @@ def _kept(row: Row) -> tuple[int, str]:
 
 def _traffic(row: Row) -> tuple[int, str]:
     if not row.hits.whole:
-        return row.exact.whole, "-"
+        return row.exact.whole, NO_NUMBERS
     kib = _show(row.swapped_bytes_per_step / 1024, ".0f")
     return row.exact.whole, f"{row.hits.value:.2f}, {kib}, {_show(row.coverage, '.2f')}"
 

@@ -28,7 +28,7 @@ def figures(rows: Sequence[Row], records: Sequence[Record]) -> Iterator[tuple[st
         yield "depth", depth(records)
     if any(row.hits.whole for row in rows):
         yield "traffic", traffic(rows)
-    if any(not math.isnan(row.kl) for row in rows):
+    if any(row.kl.count for row in rows):
         yield "divergence", divergence(rows)
 
 
@@ -97,8 +97,10 @@ def traffic(rows: Sequence[Row]) -> Figure:
 
 def divergence(rows: Sequence[Row]) -> Figure:
     """KL to dense attention, over all questions, on a logarithmic axis."""
-    pooled = [row for row in rows if row.cell is None and row.kl > 0]
-    figure = _bars([("KL to dense, nats per step", [(row.variant, row.kl) for row in pooled])])
+    pooled = [row for row in rows if row.cell is None and row.kl.value > 0]
+    figure = _bars(
+        [("KL to dense, nats per step", [(row.variant, row.kl.value) for row in pooled])]
+    )
     figure.axes[0].set_xscale("log")
     return figure
 
@@ -128,7 +130,7 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, Sequence[A
 def _by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
     series: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        series[row.variant.name].append(row)
+        series[row.variant.label].append(row)
     return series
 
 

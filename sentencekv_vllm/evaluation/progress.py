@@ -8,25 +8,29 @@ import time
 
 
 class Progress:
-    """Called with the number of questions done and their total."""
+    """Called once for each answer."""
 
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._first: int | None = None
+    def __init__(self, total: int) -> None:
+        """`total` answers are expected."""
+        self._total = total
+        self._done = 0
+        self._started = 0.0  # at the first answer: an engine takes long to start
         self._said = 0.0
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self) -> None:
         now = time.monotonic()
+        self._done += 1
+        self._started = self._started or now
         terminal = sys.stderr.isatty()
-        if done < total and now - self._said < (1 if terminal else 60):
+        last = self._done == self._total
+        if not last and now - self._said < (1 if terminal else 60):
             return
         self._said = now
-        self._first = done if self._first is None else self._first
-        rate = (done - self._first) / max(now - self._started, 1e-9)
-        left = f", {(total - done) / rate / 60:.0f} min left" if rate else ""
+        rate = (self._done - 1) / max(now - self._started, 1e-9)
+        left = f", {(self._total - self._done) / rate / 60:.1f} min left" if rate else ""
         print(
-            f"{done}/{total} questions{left}   ",
-            end="\r" if terminal and done < total else "\n",
+            f"{self._done}/{self._total} answers{left}   ",
+            end="\r" if terminal and not last else "\n",
             file=sys.stderr,
             flush=True,
         )

@@ -19,6 +19,9 @@ TASKS: tuple[str, ...] = (
 )
 MULTI_TURN = "multi_turn"
 """Two questions in turn; not one of `TASKS`, which have one."""
+SESSION = "multi_turn_session"
+"""The same two questions within one request: `items.Item.forced`."""
+ALL_TASKS: tuple[str, ...] = (*TASKS, MULTI_TURN, SESSION)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ niah_multiquery: several needles asked for in a single question.
 variable_tracking: two hops, from object to owner to the owner's locker number.
 
 A sixth, multi_turn, asks a second question after the first is answered, about a needle that
-the first did not need; its item has `next_head` and `next_target`.
+the first did not need; its item has `next_head` and `next_target`. multi_turn_session asks the
+same questions about the same texts.
 
     item = make_prompt("niah_multikey", target_tokens=4096, seed=7,
                        count_tokens=lambda s: len(tok(s).input_ids))
@@ -35,11 +36,13 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from .recall_facts import MULTI_TURN, TASKS, FactSampler, Query, make_query
+from .recall_facts import ALL_TASKS, MULTI_TURN, SESSION, TASKS, FactSampler, Query, make_query
 from .recall_filler import filler_sentence
 
 __all__ = [
+    "ALL_TASKS",
     "MULTI_TURN",
+    "SESSION",
     "TASKS",
     "RecallPrompt",
     "first_line",
@@ -104,7 +107,7 @@ def make_prompt(
     """Build a prompt of at most `target_tokens` tokens (usually within 1 % of it).
 
     Args:
-        task: one of `TASKS`, or `MULTI_TURN`.
+        task: one of `ALL_TASKS`.
         target_tokens: wanted prompt length in the unit of `count_tokens`.
         seed: fixes the whole item together with the other arguments.
         count_tokens: length of a text in tokens; the default counts words.
@@ -112,9 +115,11 @@ def make_prompt(
         distractors: look-alike needles; by default it grows with the length.
         count: number of values (multivalue) or keys (multiquery).
         kind: fact kind of the single and multikey tasks; random if None.
-        answer_prefix: put the restated key at the end of the prompt.
+        answer_prefix: put the restated key at the end of the prompt, beyond `target_tokens`.
         split: which key combinations to use: "test", "train" or "any".
     """
+    if task == SESSION:
+        task = MULTI_TURN
     rng = random.Random(f"{task}/{target_tokens}/{seed}/{split}")
     sampler = FactSampler(rng, split)
     if distractors is None:
@@ -128,12 +133,15 @@ def make_prompt(
         cut = len(stem) + 1 if answer_prefix else 0
         return f"{head} {answer}"[: len(head) + cut], f" {answer}"[cut:]
 
-    head, target = ask(query.question, query.answer[0].text, "".join(s.text for s in query.answer))
+    stem = query.answer[0].text
+    head, target = ask(query.question, stem, "".join(s.text for s in query.answer))
+    # Not `head`: with and without `answer_prefix` the text is the same.
+    question = f"{QUESTION_PREFIX}{query.question}{ANSWER_PREFIX}"
     later = query.later
     next_turn = ask(later.question, later.stem, later.sentence) if later else ("", "")
 
     facts = [*query.needles, *query.distractors]
-    used: float = count_tokens(head) + sum(count_tokens(f" {f}") for f in facts) + 2
+    used: float = count_tokens(question) + sum(count_tokens(f" {f}") for f in facts) + 2
     if used > target_tokens:
         raise ValueError(f"{task} needs at least {used} tokens, {target_tokens} asked for")
     filler: list[str] = []
@@ -153,12 +161,12 @@ def make_prompt(
         places.sort()
     body = _plant(rng, filler, query, places)
     while True:
-        text = "".join(_paragraphs(random.Random(seed), body)) + head
-        if count_tokens(text) <= target_tokens:
+        text = "".join(_paragraphs(random.Random(seed), body))
+        if count_tokens(text + question) <= target_tokens:
             break
         body.remove(next(s for s in body if s in filler))
     return RecallPrompt(
-        task, seed, text, tuple(query.values), target, tuple(query.needles), *next_turn
+        task, seed, text + head, tuple(query.values), target, tuple(query.needles), *next_turn
     )
 
 

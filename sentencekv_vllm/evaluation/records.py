@@ -44,6 +44,9 @@ class Record:
     hits: int  # head-blocks
     misses: int
     coverage: float | None  # share of attention selected, mean over steps; None: not estimated
+    server: str = ""  # `Variant.server`
+    kl_by_length: list[float] | None = None  # `Measured`, of long texts only
+    nll: float | None = None  # `Measured`
 
     @property
     def cell(self) -> Cell:
@@ -51,7 +54,7 @@ class Record:
 
     @property
     def key(self) -> Key:
-        return self.cell, self.seed, Variant(self.variant, self.budget)
+        return self.cell, self.seed, Variant(self.variant, self.budget, self.server)
 
 
 class Results:
@@ -66,6 +69,7 @@ class Results:
             ResultsError: the file was made with other settings.
         """
         self.path = path
+        self.settings = dict(settings)
         self.records: dict[Key, Record] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text() if path.exists() else ""

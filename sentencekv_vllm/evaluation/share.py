@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Part of a whole, with its uncertainty."""
+"""Shares and means, with their uncertainty."""
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+NO_NUMBERS = "-"
 Z95 = 1.959964  # two-sided 95 % of the normal distribution
 
 
@@ -37,6 +40,31 @@ class Share:
 
     def __str__(self) -> str:
         if not self.whole:
-            return "-"
+            return NO_NUMBERS
         low, high = self.interval
         return f"{self.value:.2f} ({low:.2f}-{high:.2f})"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean of a measured quantity, with its 95 % interval for large samples."""
+
+    value: float  # NaN of nothing
+    half: float  # half width; NaN of fewer than two
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        if not values:
+            return cls(math.nan, math.nan, 0)
+        half = math.nan
+        if len(values) > 1:
+            half = Z95 * statistics.stdev(values) / math.sqrt(len(values))
+        return cls(statistics.fmean(values), half, len(values))
+
+    def show(self, form: str) -> str:
+        """With a format of both numbers."""
+        if not self.count:
+            return NO_NUMBERS
+        value = format(self.value, form)
+        return value if math.isnan(self.half) else f"{value} ± {format(self.half, form)}"

@@ -6,12 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from .items import Cell
 from .kv_shape import KVShape
 from .records import Record
-from .share import Share
+from .share import Mean, Share
 from .variant import DENSE, Variant
 
 
@@ -19,7 +20,7 @@ from .variant import DENSE, Variant
 class Row:
     """One variant on the questions of one cell; NaN where nothing was measured."""
 
-    cell: Cell | None  # None: all cells
+    cell: Cell | None  # None: all cells with answers, not those with long texts
     variant: Variant
     exact: Share  # score of all questions
     kept: Share  # of the questions that dense attention solves
@@ -27,7 +28,9 @@ class Row:
     hits: Share  # of the selected head-blocks
     cached: Share  # of the prompt tokens: those found in the prefix cache
     coverage: float  # share of attention selected, mean over questions; NaN: not estimated
-    kl: float  # nats per decode step from dense attention, mean over questions
+    kl: Mean  # nats per decode step from dense attention, over questions
+    kl_by_length: tuple[Mean, ...]  # of each `divergence.BUCKET` steps
+    nll: Mean  # nats per forced token
     swapped_bytes_per_step: float
     index_bytes: float  # per token of a KV head, of what the ranking reads
 
@@ -38,7 +41,7 @@ class Row:
             "task": cell.task if cell else "all",
             "style": cell.style if cell else "all",
             "tokens": cell.tokens if cell else "all",
-            "variant": self.variant.name,
+            "variant": self.variant.label,
             "budget": self.variant.budget,
         }
         for name in ("exact", "kept"):
@@ -51,7 +54,10 @@ class Row:
                 f"{name}_high": _number(high),
             }
         return row | {
-            "kl": _number(self.kl, 6),
+            "kl": _number(self.kl.value, 6),
+            "kl_half_interval": _number(self.kl.half, 6),
+            "nll": _number(self.nll.value, 6),
+            "nll_half_interval": _number(self.nll.half, 6),
             "sparse_steps": _number(self.sparse.value),
             "hit_rate": _number(self.hits.value),
             "coverage": _number(self.coverage),
@@ -81,12 +87,16 @@ def summarise(
     asked = dict.fromkeys((cell, seed) for cell, seed, _ in by_key if cell in cells)
     shared = [(c, s) for c, s in asked if all((c, s, v) in by_key for v in variants)]
     dense = Variant(DENSE)
-    solved = {(c, s) for c, s in shared if dense in variants and by_key[c, s, dense].score == 1}
+    solved = {
+        (c, s)
+        for c, s in shared
+        if dense in variants and by_key[c, s, dense].score == 1 and not c.is_text
+    }
     return [
         _row(
             cell,
             variant,
-            [by_key[c, s, variant] for c, s in shared if cell in (None, c)],
+            [by_key[c, s, variant] for c, s in shared if c == cell or not (cell or c.is_text)],
             solved,
             kv_shape,
         )
@@ -122,9 +132,18 @@ def _row(
         hits=Share(hits, hits + misses),
         cached=Share(sum(r.cached_tokens for r in records), prompt_tokens),
         coverage=_mean([r.coverage for r in sparse if r.coverage]),
-        kl=_mean([r.kl for r in records if r.kl is not None]),
+        kl=Mean.of([r.kl for r in records if r.kl is not None]),
+        kl_by_length=_curve([r.kl_by_length for r in records if r.kl_by_length]),
+        nll=Mean.of([r.nll for r in records if r.nll is not None]),
         swapped_bytes_per_step=swapped,
         index_bytes=index_bytes,
+    )
+
+
+def _curve(curves: Sequence[Sequence[float]]) -> tuple[Mean, ...]:
+    """Over questions, which may be of unequal length."""
+    return tuple(
+        Mean.of([kl for kl in bucket if kl is not None]) for bucket in zip_longest(*curves)
     )
 
 

@@ -4,17 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config import INDEX_NAMES
+from ..config import INDEX_NAMES, closest
 from ..policies import POLICIES
 from ..types import IndexKind
 
 DENSE = "dense"
 """The request that switches sentencekv off: exact attention on the same engine."""
 
-Options = dict[str, str | int]
+ALL = "all"
+"""In a list of policies: dense attention and every policy that leaves something out."""
+
+Options = dict[str, str | int | float]
 
 _BITS: Options = {"sentencekv_index": "token_bits"}
 _MEAN_KEY: Options = {"sentencekv_index": "centroid", "sentencekv_retention": 0}
@@ -42,30 +46,43 @@ class Variant:
     """One way of decoding.
 
     Attributes:
-        name: of the policy or of a row of `ABLATION`, or `DENSE`.
+        name: `DENSE`, a row of `ABLATION`, or a policy with options of the request behind it:
+            `sentencekv+query=previous+retention=0`. Anything else is what another program
+            has measured: it can be shown, not asked.
         budget: tokens attended per KV head and step; None where it changes nothing.
+        server: settings that differ from the other variants', as shown behind the name.
     """
 
     name: str
     budget: int | None = None
+    server: str = ""
 
     def __str__(self) -> str:
-        return self.name if self.budget is None else f"{self.name} @ {self.budget}"
+        name = f"{self.name} [{self.server}]" if self.server else self.name
+        return name if self.budget is None else f"{name} @ {self.budget}"
+
+    @property
+    def label(self) -> str:
+        """Without the budget."""
+        return str(replace(self, budget=None))
 
     @property
     def policy(self) -> str | None:
-        """Of `POLICIES`; None for dense attention."""
-        if self.name == DENSE:
-            return None
-        return "sentencekv" if self.name in ABLATION else self.name
+        """Of `POLICIES`; None for dense attention and for another program's variants."""
+        name = "sentencekv" if self.name in ABLATION else self.name.partition("+")[0]
+        return name if name in POLICIES else None
 
     @property
     def index(self) -> IndexKind | None:
         """What sentences are ranked by; None where nothing is ranked."""
         if self.policy is None:
             return None
-        given = ABLATION.get(self.name, {}).get("sentencekv_index")
+        given = self._parts.get("sentencekv_index")
         return INDEX_NAMES[str(given)] if given else POLICIES[self.policy].index
+
+    @property
+    def has_budget(self) -> bool:
+        return self.policy is not None and POLICIES[self.policy].selects
 
     @property
     def options(self) -> dict[str, Any]:
@@ -75,20 +92,50 @@ class Variant:
         options: dict[str, Any] = {"sentencekv_policy": self.policy}
         if self.budget is not None:
             options["sentencekv_token_budget"] = self.budget
-        return options | ABLATION.get(self.name, {})
+        return options | self._parts
+
+    @property
+    def _parts(self) -> Options:
+        if self.name in ABLATION:
+            return ABLATION[self.name]
+        given = (part.partition("=") for part in self.name.split("+")[1:])
+        return {f"sentencekv_{name}": _value(text) for name, _, text in given}
+
+
+def _value(text: str) -> str | int | float:
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(text)
+    return text
+
+
+def parse_policies(text: str) -> list[str]:
+    """Names of variants from a comma-separated list.
+
+    Raises:
+        ValueError: a part of it is no policy, or an option has no value.
+    """
+    names: list[str] = []
+    for name in text.split(","):
+        policy, *options = name.split("+")
+        if name == ALL:
+            names += [DENSE, *(name for name, p in POLICIES.items() if not p.keeps_all)]
+        elif policy not in (DENSE, *POLICIES) or (options and policy == DENSE):
+            raise ValueError(f"{name!r}: {closest(policy, [ALL, DENSE, *POLICIES])}")
+        elif not all("=" in option for option in options):
+            raise ValueError(f"{name!r}: write options as POLICY+OPTION=VALUE")
+        else:
+            names.append(name)
+    return list(dict.fromkeys(names))
 
 
 def make_variants(
-    policies: Sequence[str], budgets: Sequence[int], ablation: bool = False
+    policies: Sequence[str], budgets: Sequence[int], ablation: bool = False, server: str = ""
 ) -> tuple[Variant, ...]:
     """Every policy at every budget, then the ablation; once where no budget applies."""
     names = [*policies, *(ABLATION if ablation else ())]
     return tuple(
-        Variant(name, budget)
+        Variant(name, budget, "" if name == DENSE else server)
         for name in dict.fromkeys(names)
-        for budget in (budgets if _has_budget(name) else (None,))
+        for budget in (budgets if Variant(name).has_budget else (None,))
     )
-
-
-def _has_budget(name: str) -> bool:
-    return name in ABLATION or (name != DENSE and POLICIES[name].selects)

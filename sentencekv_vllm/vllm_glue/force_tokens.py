@@ -10,8 +10,9 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 OPTION = "force_tokens"
-"""Of `SamplingParams.extra_args`: the token ids to decode, one per step. vLLM's logprobs are
-taken before logits processors, so they tell what the model would have said."""
+"""Of `SamplingParams.extra_args`: the token ids to decode first, one per step; what follows is
+free. vLLM's logprobs are taken before logits processors, so they tell what the model would have
+said."""
 
 
 class ForceTokens(AdapterLogitsProcessor):
@@ -24,10 +25,10 @@ class ForceTokens(AdapterLogitsProcessor):
             return
         if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
             raise ValueError(f"{OPTION} is a list of token ids, got {tokens!r}")
-        if len(tokens) != sampling_params.max_tokens:
+        if len(tokens) > sampling_params.max_tokens:
             raise ValueError(
                 f"{OPTION} has {len(tokens)} tokens, max_tokens is {sampling_params.max_tokens}: "
-                f"set it to {len(tokens)}"
+                f"set it to at least {len(tokens)}"
             )
 
     def is_argmax_invariant(self) -> bool:
@@ -39,8 +40,9 @@ class ForceTokens(AdapterLogitsProcessor):
             return None
 
         def force(output_ids: list[int], logits: Tensor) -> Tensor:
-            logits.fill_(-math.inf)
-            logits[tokens[len(output_ids)]] = 0
+            if len(output_ids) < len(tokens):
+                logits.fill_(-math.inf)
+                logits[tokens[len(output_ids)]] = 0
             return logits
 
         return force

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from sentencekv_vllm import cli
-from sentencekv_vllm.evaluation import command
+from sentencekv_vllm.evaluation import engine_setup
 from sentencekv_vllm.evaluation.engine import Completion
 
 SUMMARY = {
@@ -36,7 +36,7 @@ class Oracle:
 
 @pytest.fixture
 def evaluate(monkeypatch, tmp_path):
-    monkeypatch.setattr(command, "VllmEngine", Oracle)
+    monkeypatch.setattr(engine_setup, "VllmEngine", Oracle)
     monkeypatch.setattr(Oracle, "started", 0)
     monkeypatch.setitem(sys.modules, "sentencekv_vllm.evaluation.plots", None)  # they take long
     few = ["--tasks", "niah_single,multi_turn", "--contexts", "200,300", "--items", "2"]
@@ -54,7 +54,7 @@ def test_a_run_leaves_results_summary_and_report(evaluate, tmp_path, capsys):
     assert len(rows) == (8 + 1) * 4
     assert all(int(row["exact_questions"]) for row in rows)
     assert all(float(r["exact_low"]) <= float(r["exact"]) <= float(r["exact_high"]) for r in rows)
-    assert "sentencekv @ 128 | 16 | 0.00 (0.00-0.19)" in capsys.readouterr().out
+    assert "sentencekv @ 128 | 64 | 16 | 0.00 (0.00-0.19)" in capsys.readouterr().out
     assert "sentencekv @ 128" in (folder / "report.html").read_text()
 
 
@@ -98,7 +98,9 @@ def test_an_absent_benchmark_file_ends_the_run_before_an_engine_starts(evaluate,
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["--policies", "snapkv"], "'snapkv' is not one of dense, sentencekv"),
+        (["--policies", "sentencekw"], "'sentencekw': did you mean 'sentencekv'?"),
+        (["--policies", "quest+query"], "write options as POLICY+OPTION=VALUE"),
+        (["--set", "retention"], "'retention' is not NAME=VALUE"),
         (["--kl", "--server", "http://x"], "--kl needs an engine in this process"),
         (["--kl", "--policies", "sentencekv"], "add it to --policies"),
     ],

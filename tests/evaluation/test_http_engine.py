@@ -27,7 +27,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.bodies.append(body)
         if self.path == "/tokenize":
-            self._reply(200, {"count": len(body["prompt"].split())})
+            self._reply(200, {"tokens": [len(word) for word in body["prompt"].split()]})
         elif body["prompt"] == "bad":
             self._reply(400, {"error": "unknown option"})
         else:
@@ -89,9 +89,21 @@ def test_a_server_without_our_backend_is_pointed_out(url):
         HttpEngine(url, 1).complete([Request("x", 5)])
 
 
-def test_forced_tokens_need_an_engine_here(url):
+def test_distributions_need_an_engine_here(url):
     with pytest.raises(ServerRefusal, match="leave out --kl"):
-        HttpEngine(url, 1).complete([Request("x", 5, forced="y")])
+        HttpEngine(url, 1).complete([Request("x", 5, measured="y")])
+
+
+def test_a_forced_text_is_sent_as_tokens_and_left_out_of_the_reply(url):
+    (reply,) = HttpEngine(url, 1).complete([Request("go on", 5, forced="to go")])
+    assert reply.text == " on"
+    body = Handler.bodies[-1]
+    assert (body["vllm_xargs"], body["max_tokens"]) == ({"force_tokens": [2, 2]}, 7)
+
+
+def test_a_server_that_does_not_force_is_pointed_out(url):
+    with pytest.raises(ServerRefusal, match="--logits-processors .*:ForceTokens"):
+        HttpEngine(url, 1).complete([Request("x", 5, forced="from")])
 
 
 def test_an_address_where_nobody_listens_is_named():

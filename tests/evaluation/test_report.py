@@ -61,4 +61,4 @@ def test_without_matplotlib_the_tables_stay_and_the_extra_is_named(tmp_path, rec
     assert page.count("<table>") == 4
     assert "<img" not in page
     assert "model &lt;tiny&gt;" in page
-    assert "<td>sentencekv @ 256<td>8<td>0.50 (0.22-0.78)" in page
+    assert "<td>sentencekv @ 256<td>-<td>8<td>0.50 (0.22-0.78)" in page

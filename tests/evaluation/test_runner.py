@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
 
+from sentencekv_vllm.evaluation.divergence import Distributions
 from sentencekv_vllm.evaluation.engine import Completion
 from sentencekv_vllm.evaluation.items import (
     Cell,
@@ -20,7 +22,7 @@ from sentencekv_vllm.evaluation.items import (
     recall_problems,
 )
 from sentencekv_vllm.evaluation.records import Results, ResultsError
-from sentencekv_vllm.evaluation.runner import is_complete, run
+from sentencekv_vllm.evaluation.runner import run
 from sentencekv_vllm.evaluation.scores import exact_line
 from sentencekv_vllm.evaluation.variant import DENSE, Variant
 
@@ -36,8 +38,15 @@ def count(text: str) -> int:
     return len(text.split())
 
 
+def ask(engine, path, questions, variants, **options):
+    """Run and keep the results."""
+    results = Results(path, SETTINGS)
+    run(engine, questions, variants, set(results.records), results.add, **options)
+    return results
+
+
 def problems(num_items: int):
-    return list(interleave(recall_problems(CELLS, num_items, count)))
+    return list(interleave(recall_problems(CELLS, num_items)))
 
 
 class WordEngine:
@@ -62,20 +71,20 @@ class WordEngine:
 
     def _answer(self, request):
         dense = request.options == {"sentencekv": "off"}
-        if request.forced:
+        if request.measured:
             likely = 0.5 if dense else 0.25
-            row = [likely, 1 - likely]
-            table = np.log(np.array([row] * count(request.forced), np.float32))
-            return Completion("", len(table), SUMMARY, logprobs=table)
+            table = np.log(np.array([[likely, 1 - likely]] * count(request.measured), np.float32))
+            forced = Distributions(np.zeros(len(table), np.int64), table)
+            return Completion("", len(table), SUMMARY, forced=forced)
         assert request.max_tokens > 0
-        items = [problem.make() for problem in problems(3)]
+        items = [problem.make(count) for problem in problems(3)]
         right = next((i.target for i in items if i.prompt == request.prompt), "Second.")
         return Completion(right if dense else "No.", output_tokens=4, summary=SUMMARY)
 
 
 def test_every_question_is_asked_in_every_variant_in_one_call(tmp_path):
-    engine, results = WordEngine(), Results(tmp_path / "r.jsonl", SETTINGS)
-    run(engine, results, problems(3), VARIANTS)
+    engine = WordEngine()
+    results = ask(engine, tmp_path / "r.jsonl", problems(3), VARIANTS)
     assert len(engine.calls) == len(CELLS) * 3
     assert all([r.options for r in call] == [v.options for v in VARIANTS] for call in engine.calls)
     assert set(results.records) == {(c, s, v) for c in CELLS for s in range(3) for v in VARIANTS}
@@ -83,8 +92,8 @@ def test_every_question_is_asked_in_every_variant_in_one_call(tmp_path):
 
 
 def test_a_batch_puts_several_questions_into_a_call(tmp_path):
-    engine, results = WordEngine(), Results(tmp_path / "r.jsonl", SETTINGS)
-    run(engine, results, problems(3), VARIANTS, batch=5)
+    engine = WordEngine()
+    results = ask(engine, tmp_path / "r.jsonl", problems(3), VARIANTS, batch=5)
     assert [len(call) for call in engine.calls] == [10, 10, 4]
     assert len(results.records) == 24
 
@@ -93,11 +102,9 @@ def test_an_interrupted_run_goes_on_and_asks_nothing_twice(tmp_path):
     path = tmp_path / "r.jsonl"
     first = WordEngine(limit=5)
     with pytest.raises(KeyboardInterrupt):
-        run(first, Results(path, SETTINGS), problems(3), VARIANTS)
-    second, results = WordEngine(), Results(path, SETTINGS)
-    assert not is_complete(results, problems(3), VARIANTS)
-    run(second, results, problems(3), VARIANTS)
-    assert is_complete(results, problems(3), VARIANTS)
+        ask(first, path, problems(3), VARIANTS)
+    second = WordEngine()
+    ask(second, path, problems(3), VARIANTS)
     prompts = [call[0].prompt for call in first.calls + second.calls]
     assert len(prompts) == len(set(prompts)) == len(CELLS) * 3
     assert len(path.read_text().splitlines()) == 1 + len(prompts) * len(VARIANTS)
@@ -105,28 +112,28 @@ def test_an_interrupted_run_goes_on_and_asks_nothing_twice(tmp_path):
 
 def test_a_line_cut_off_by_a_kill_is_asked_again(tmp_path):
     path = tmp_path / "r.jsonl"
-    run(WordEngine(), Results(path, SETTINGS), problems(1), VARIANTS)
+    ask(WordEngine(), path, problems(1), VARIANTS)
     whole = path.read_text()
     path.write_text(whole[:-20])
     engine = WordEngine()
-    run(engine, Results(path, SETTINGS), problems(1), VARIANTS)
+    ask(engine, path, problems(1), VARIANTS)
     assert [request.options for request in engine.asked] == [VARIANTS[-1].options]
     assert path.read_text() == whole
 
 
 def test_a_new_budget_or_more_items_extend_a_file(tmp_path):
     path = tmp_path / "r.jsonl"
-    run(WordEngine(), Results(path, SETTINGS), problems(2), VARIANTS)
+    ask(WordEngine(), path, problems(2), VARIANTS)
     engine, more = WordEngine(), [*VARIANTS, Variant("sentencekv", 512)]
-    run(engine, Results(path, SETTINGS), problems(3), more)
+    ask(engine, path, problems(3), more)
     assert sorted(len(call) for call in engine.calls) == [1] * 2 * len(CELLS) + [3] * len(CELLS)
 
 
 def test_a_second_turn_goes_on_from_the_variants_own_reply(tmp_path):
     item = Item("Q1", ("Second.",), exact_line, max_tokens=5, next_head=" Q2")
-    problem = Problem(Cell("multi_turn", "restated", 300), 0, lambda: item)
-    engine, results = WordEngine(), Results(tmp_path / "r.jsonl", SETTINGS)
-    run(engine, results, [problem], VARIANTS)
+    problem = Problem(Cell("multi_turn", "restated", 300), 0, lambda count: item)
+    engine = WordEngine()
+    results = ask(engine, tmp_path / "r.jsonl", [problem], VARIANTS)
     first, second = engine.calls
     assert [request.prompt for request in first] == ["Q1", "Q1"]
     assert [request.prompt for request in second] == ["Q1 Second. Q2", "Q1 No. Q2"]
@@ -135,9 +142,9 @@ def test_a_second_turn_goes_on_from_the_variants_own_reply(tmp_path):
 
 def test_the_distance_from_dense_is_that_of_forced_answers(tmp_path):
     path = tmp_path / "r.jsonl"
-    run(WordEngine(), Results(path, SETTINGS), problems(1), VARIANTS, with_kl=True)
-    engine, results = WordEngine(), Results(path, SETTINGS)
-    run(engine, results, problems(1), [*VARIANTS, Variant("random", 256)], with_kl=True)
+    ask(WordEngine(), path, problems(1), VARIANTS, with_kl=True)
+    engine = WordEngine()
+    results = ask(engine, path, problems(1), [*VARIANTS, Variant("random", 256)], with_kl=True)
     expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     for record in results.records.values():
         steps = count(record.target) - 1  # an answer of one word takes no decode step
@@ -145,7 +152,7 @@ def test_the_distance_from_dense_is_that_of_forced_answers(tmp_path):
             assert record.kl is None
         else:
             assert record.kl == pytest.approx(0 if record.variant == DENSE else expected)
-    forced = [request for request in engine.asked if request.forced]
+    forced = [request for request in engine.asked if request.measured]
     assert sum(r.options == {"sentencekv": "off"} for r in forced) == len(forced) / 2
 
 
@@ -156,12 +163,43 @@ def test_a_file_of_other_settings_is_refused_with_the_difference(tmp_path):
         Results(path, {"block_size": 16})
 
 
-def test_progress_ends_at_the_total(tmp_path):
-    seen = []
-    results = Results(tmp_path / "r.jsonl", SETTINGS)
-    run(WordEngine(), results, problems(2), VARIANTS, progress=lambda *now: seen.append(now))
-    total = 2 * len(CELLS)
-    assert seen == [(done, total) for done in range(total + 1)]
+def test_nothing_is_asked_after_the_deadline(tmp_path):
+    engine, now = WordEngine(), time.time()
+    assert not ask(engine, tmp_path / "r.jsonl", problems(1), VARIANTS, deadline=now - 1).records
+    assert ask(engine, tmp_path / "r.jsonl", problems(1), VARIANTS, deadline=now + 60).records
+
+
+def test_a_session_is_one_request_whose_first_turn_is_forced(tmp_path):
+    engine, cells = WordEngine(), [Cell("multi_turn_session", "restated", 300)]
+    (questions,) = recall_problems(cells, 1)
+    ask(engine, tmp_path / "r.jsonl", questions, VARIANTS, with_kl=True)
+    free, measured = engine.calls
+    item = questions[0].make(count)
+    twin = make_item(Cell("multi_turn", "restated", 300), 0, count)
+    assert item.prompt == twin.prompt and item.references == twin.references
+    assert item.forced == twin.target + twin.next_head
+    assert {r.forced for r in (*free, *measured)} == {item.forced}
+    assert {r.measured for r in measured} == {
+        item.target
+    } and item.target == f" {item.references[0]}"
+
+
+def test_every_measured_token_after_a_forced_turn_is_a_decode_step(tmp_path):
+    item = Item("Q1", ("b",), exact_line, max_tokens=1, forced="a", target="b")
+    problem = Problem(Cell("multi_turn_session", "restated", 300), 0, lambda count: item)
+    results = ask(WordEngine(), tmp_path / "r.jsonl", [problem], VARIANTS, with_kl=True)
+    assert all(record.kl is not None for record in results.records.values())
+
+
+def test_a_long_text_is_scored_by_its_next_tokens_and_measured_along_its_length(tmp_path):
+    item = Item("Q", (), exact_line, max_tokens=0, continuation="word " * 65)
+    problem = Problem(Cell("filler", "text", 300), 0, lambda count: item)
+    results = ask(WordEngine(), tmp_path / "r.jsonl", [problem], VARIANTS)
+    dense, sparse = (results.records[problem.cell, 0, variant] for variant in VARIANTS)
+    assert (dense.score, sparse.score) == (1, 0)
+    assert dense.nll == pytest.approx(math.log(2)) and sparse.nll == pytest.approx(math.log(4))
+    assert dense.kl_by_length == [0, 0]
+    assert sparse.kl_by_length == [pytest.approx(sparse.kl, abs=1e-6)] * 2
 
 
 def test_an_interrupted_run_has_all_cells_alike():
@@ -170,7 +208,7 @@ def test_an_interrupted_run_has_all_cells_alike():
 
 
 def test_cells_of_unequal_size_are_asked_to_the_end():
-    by_cell = recall_problems(CELLS[:2], 3, count)
+    by_cell = recall_problems(CELLS[:2], 3)
     order = list(interleave([by_cell[0][:1], by_cell[1]]))
     assert [(p.cell, p.seed) for p in order] == [
         (CELLS[0], 0), (CELLS[1], 0), (CELLS[1], 1), (CELLS[1], 2),

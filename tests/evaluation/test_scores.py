@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from sentencekv_vllm.evaluation import scores
-from sentencekv_vllm.evaluation.divergence import mean_kl
 
 
 @pytest.mark.parametrize(
@@ -33,25 +31,3 @@ from sentencekv_vllm.evaluation.divergence import mean_kl
 )
 def test_metric(metric, text, references, expected):
     assert metric(text, references) == pytest.approx(expected)
-
-
-def test_kl_is_zero_for_equal_and_positive_for_other_distributions():
-    generator = np.random.default_rng(0)
-    logits = generator.normal(size=(2, 5, 9)).astype(np.float32)
-    dense, sparse = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in logits)
-    assert mean_kl(dense, dense) == 0
-    by_step = (np.exp(dense) * (dense - sparse)).sum(axis=1)
-    assert mean_kl(dense, sparse) == pytest.approx(by_step[1:].mean(), rel=1e-5)
-    assert mean_kl(dense, sparse) > 0
-
-
-def test_the_first_token_comes_from_the_prefill_and_does_not_count():
-    dense = np.log(np.array([[0.9, 0.1], [0.5, 0.5]], np.float32))
-    sparse = np.log(np.array([[0.1, 0.9], [0.5, 0.5]], np.float32))
-    assert mean_kl(dense, sparse) == 0
-
-
-def test_what_dense_attention_rules_out_adds_nothing():
-    dense = np.array([[0.0, -np.inf]] * 2, np.float32)
-    sparse = np.log(np.array([[0.5, 0.5]] * 2, np.float32))
-    assert mean_kl(dense, sparse) == pytest.approx(np.log(2))

@@ -6,7 +6,13 @@ from __future__ import annotations
 import pytest
 
 from sentencekv_vllm.config import SentenceKVConfig
-from sentencekv_vllm.evaluation.variant import ABLATION, DENSE, Variant, make_variants
+from sentencekv_vllm.evaluation.variant import (
+    ABLATION,
+    DENSE,
+    Variant,
+    make_variants,
+    parse_policies,
+)
 from sentencekv_vllm.policies import POLICIES
 from sentencekv_vllm.request_options import KEYS, RANKING
 from sentencekv_vllm.types import IndexKind
@@ -74,3 +80,40 @@ def test_the_ablation_holds_the_default_and_the_papers_ranking():
 )
 def test_a_variant_knows_its_index(name, index):
     assert Variant(name).index is index
+
+
+def test_all_means_dense_and_every_policy_that_leaves_something_out():
+    names = parse_policies("all")
+    assert names[0] == DENSE
+    assert set(names[1:]) == {name for name, policy in POLICIES.items() if not policy.keeps_all}
+
+
+def test_options_of_the_request_follow_the_policy():
+    (name,) = parse_policies("sentencekv+query=previous+retention=0")
+    assert Variant(name, 256).options == {
+        "sentencekv_policy": "sentencekv",
+        "sentencekv_token_budget": 256,
+        "sentencekv_query": "previous",
+        "sentencekv_retention": 0,
+    }
+    assert Variant("sentencekv+index=centroid").index is IndexKind.CENTROID
+
+
+def test_settings_of_the_server_tell_variants_apart():
+    plain, changed = (make_variants(["sentencekv"], [256], server=s)[0] for s in ("", "a=1"))
+    assert plain != changed
+    assert (str(plain), str(changed)) == ("sentencekv @ 256", "sentencekv [a=1] @ 256")
+    assert make_variants([DENSE], [256], server="a=1") == (Variant(DENSE),)
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("quest,sentencekw", "did you mean 'sentencekv'"),
+        ("quest+query", "POLICY"),
+        ("dense+query=x", "dense"),
+    ],
+)
+def test_a_list_that_is_wrong_says_where(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_policies(text)

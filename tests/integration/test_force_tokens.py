@@ -40,6 +40,12 @@ def test_what_is_no_list_of_token_ids_is_refused(tokens):
         ForceTokens.validate_params(parameters(tokens))
 
 
-def test_a_length_other_than_max_tokens_is_refused_with_the_fix():
-    with pytest.raises(ValueError, match="max_tokens is 5: set it to 3"):
-        ForceTokens.validate_params(parameters([1, 2, 3], max_tokens=5))
+def test_what_follows_is_free():
+    force = ForceTokens(None, torch.device("cpu"), False).new_req_logits_processor(parameters([4]))
+    logits = torch.randn(6)
+    assert torch.equal(force([4], logits.clone()), logits)
+
+
+def test_more_tokens_than_max_tokens_are_refused_with_the_fix():
+    with pytest.raises(ValueError, match="max_tokens is 2: set it to at least 3"):
+        ForceTokens.validate_params(parameters([1, 2, 3], max_tokens=2))

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine that a command line asks for, and what identifies its results."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .engine import Engine, VllmEngine
+from .http_engine import HttpEngine
+from .kv_shape import KVShape
+from .variant import Variant
+
+
+def identity(options: argparse.Namespace) -> dict[str, Any]:
+    """What all records of a file must share."""
+    if options.server:
+        return {"server": options.server}
+    model = Path(options.model)
+    name = model.name if model.is_dir() else options.model
+    return {"model": name, "block_size": options.block_size, **_settings(options)}
+
+
+def longest_prompt(options: argparse.Namespace) -> int:
+    """Tokens."""
+    return int(options.max_prompt_tokens or max(options.contexts))
+
+
+def kv_shape(options: argparse.Namespace) -> KVShape | None:
+    """None where the model's configuration is not at hand."""
+    return KVShape.of_model(Path(options.model), options.block_size)
+
+
+def history_tokens(options: argparse.Namespace) -> Callable[[int], int] | None:
+    """From a budget: tokens of the history that it selects, in whole blocks. None where sinks and
+    recent window are not known."""
+    if options.server:
+        return None
+    kept, size = options.sinks + options.recent, options.block_size
+    return lambda budget: -(-(budget - kept) // size) * size
+
+
+def start(options: argparse.Namespace, variants: Sequence[Variant]) -> Engine:
+    """An engine that takes requests of all variants; ten seconds unless a server runs already."""
+    if options.server:
+        return HttpEngine(options.server, options.requests)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if options.processes > 1:  # vLLM would bind all engines to the same core
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    indexes = [variant.index for variant in variants]
+    settings = {
+        "token_budget": max(options.budgets),
+        "index_vectors": max((i.vectors for i in indexes if i is not None), default=1),
+        "host_pool_gib": options.host_pool_gib,
+        **_settings(options),
+        **dict(options.set),
+    }
+    return VllmEngine(
+        options.model,
+        settings,
+        block_size=options.block_size,
+        max_prompt_tokens=longest_prompt(options),
+        max_requests=options.requests,
+        kv_cache_bytes=int(options.kv_cache_gib * 2**30),
+    )
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """`additional_config["sentencekv"]` as far as it may change an answer; requests bring the
+    budget."""
+    return {
+        "num_sink_tokens": options.sinks,
+        "recent_window": options.recent,
+        "working_set_tokens": options.working_set,
+        "min_context_tokens": 512,
+        "segmenter": options.segmenter,
+    }

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of `sentencekv eval`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..presets import PACKAGE
+from .benchmark_files import FORMATS
+from .items import STYLES
+from .recall_tasks import ALL_TASKS
+from .variant import ALL, DENSE, parse_policies
+
+MODEL = PACKAGE / "assets" / "tiny-recall"
+NO_TASKS = "none"
+
+
+def _names(known: Sequence[str]) -> Any:
+    """Parser of a comma-separated list of known names."""
+
+    def parse(text: str) -> list[str]:
+        for name in text.split(","):
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
+        return text.split(",")
+
+    return parse
+
+
+def _policies(text: str) -> list[str]:
+    try:
+        return parse_policies(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _sizes(text: str) -> list[int]:
+    """Parser of a comma-separated list of numbers."""
+    return [int(part) for part in text.split(",")]
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Parser of NAME=VALUE, with a value as JSON has it or a plain word."""
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespace:
+    """Check the arguments; exits with a message where they contradict each other."""
+    parser = argparse.ArgumentParser(prog="sentencekv eval", description=description)
+    add = parser.add_argument
+    every = ",".join(ALL_TASKS)
+    add("--tasks", type=_names([*ALL_TASKS, NO_TASKS]), default=every, help="or none")
+    add("--styles", type=_names(STYLES), default=",".join(STYLES))
+    add("--contexts", type=_sizes, default="4096", help="prompt tokens of the tasks")
+    add("--data", action="append", default=[], metavar="FORMAT:FILE", help=", ".join(FORMATS))
+    add(
+        "--policies",
+        type=_policies,
+        default=f"{DENSE},sentencekv,sentencekv-paper,streaming",
+        help=f"{ALL}, or names; with options of the request: sentencekv+query=previous",
+    )
+    add("--ablation", action="store_true", help="and the rankings of evaluation.variant")
+    add("--budgets", type=_sizes, default="256", help="tokens attended, of each policy")
+    add("--items", type=int, default=100, help="questions of a cell")
+    add("--kl", action="store_true", help="and the distance from dense attention")
+    add("--out", type=Path, default=Path("results/eval"), help="folder; an old run goes on")
+    add("--model", default=str(MODEL), help="folder or name")
+    add("--server", metavar="URL", help="of a running vllm serve, in place of an engine here")
+    add("--batch", type=int, default=1, help="questions at a time, each in all variants")
+    add("--requests", type=int, default=16, help="most requests at a time")
+    add("--processes", type=int, default=1, help="engines, one thread each")
+    add("--minutes", type=float, help="stop asking after so long; a later run goes on")
+    engine = parser.add_argument_group("engine in this process")
+    add = engine.add_argument
+    add("--sinks", type=int, default=32, help="first tokens, part of the budget")
+    add("--recent", type=int, default=32, help="last tokens, part of the budget")
+    add("--working-set", type=int, default=512, help="tokens")
+    add("--block-size", type=int, default=32, help="tokens")
+    # Not spaCy, which works beside the engine: whether a request's first steps still run
+    # densely would depend on the machine's load.
+    add("--segmenter", choices=("punctuation", "fixed"), default="punctuation")
+    add("--host-pool-gib", type=float, default=1.0)
+    add("--kv-cache-gib", type=float, default=0.5)
+    add("--max-prompt-tokens", type=int, help="default: the longest context")
+    add(
+        "--set",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of the backend; shown behind the names of the policies",
+    )
+    options = parser.parse_args(arguments)
+    if options.server and options.kl:
+        parser.error("--kl needs an engine in this process: leave out --server")
+    if options.kl and DENSE not in options.policies:
+        parser.error(f"--kl measures the distance from {DENSE}: add it to --policies")
+    if options.server and options.set:
+        parser.error("--set is for an engine in this process: give the server its own settings")
+    return options
