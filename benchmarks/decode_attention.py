@@ -159,6 +159,7 @@ def make_layers(ops: LayerOps, context: int, n: int, num_layers: int, seed: int 
         reduce=count(0),
         retention=torch.zeros(1),
         seed=count(0),
+        byte_rows=count(DIM // 8),
         step=0,
     )
     table = order[None, :blocks].contiguous()

@@ -107,6 +107,7 @@ class Layer:
             reduce=self._full((s,), Reduce.SOFTMAX_MEAN),
             retention=torch.full((s,), 5.0, device=DEVICE),
             seed=self._full((s,), 1),
+            byte_rows=self._full((s,), self.geometry.index_dim // 8),
             step=0,
         )
 

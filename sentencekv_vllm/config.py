@@ -91,12 +91,13 @@ class SentenceKVConfig:
     """Consecutive layers that share a selection: the first of them ranks."""
 
     index: str | None = _option(None, choices=tuple(INDEX_NAMES))
-    """With `grouping`, `query`, `head_reduce` and `retention`: in place of the policy's own; None
-    keeps it."""
+    """With `grouping`, `query`, `head_reduce`, `retention` and `score_channels`: in place of the
+    policy's own; None keeps it."""
     grouping: str | None = _option(None, choices=get_args(Grouping))
     query: str | None = _option(None, choices=tuple(QUERY_NAMES))
     head_reduce: str | None = _option(None, choices=tuple(REDUCE_NAMES))
     retention: float | None = _option(None, low=0)
+    score_channels: float | None = _option(None, above=0, high=1)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SentenceKVConfig:
@@ -129,14 +130,21 @@ class SentenceKVConfig:
                 f"fixed_sentence_tokens {fixed} lies outside min_sentence_tokens {low} and "
                 f"max_sentence_tokens {high}: set it to {min(max(fixed, low), high)}"
             )
-        parts = ("index", "grouping", "query", "head_reduce", "retention")
+        parts = ("index", "grouping", "query", "head_reduce", "retention", "score_channels")
         overrides = [name for name in parts if getattr(self, name) is not None]
         if overrides and POLICIES[self.policy].index is None:
             raise ConfigError(
                 f"policy {self.policy!r} ranks nothing, so {', '.join(overrides)} cannot apply: "
                 f"remove {'it' if len(overrides) == 1 else 'them'}"
             )
-        index = self.selection_policy.index
+        policy = self.selection_policy
+        index = policy.index
+        if policy.score_channels != 1 and index is not IndexKind.TOKEN_BITS:
+            raise ConfigError(
+                f"score_channels {policy.score_channels:g} is of the 1-bit index, the index is "
+                f"{'none' if index is None else repr(index.name.lower())}: set index to "
+                "'token_bits' or score_channels to 1"
+            )
         if index is not None and self.index_vectors == 1 < index.vectors:
             raise ConfigError(
                 f"index {index.name.lower()!r} keeps {index.vectors} vectors a row, index_vectors "
@@ -152,6 +160,7 @@ class SentenceKVConfig:
             "query": None if self.query is None else QUERY_NAMES[self.query],
             "reduce": None if self.head_reduce is None else REDUCE_NAMES[self.head_reduce],
             "retention": self.retention,
+            "score_channels": self.score_channels,
         }
         return replace(POLICIES[self.policy], **{k: v for k, v in changes.items() if v is not None})
 

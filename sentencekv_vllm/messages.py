@@ -26,6 +26,7 @@ class DecodeOptions:
     query_kind: int  # types.QueryKind
     budget_blocks: int  # head-blocks of history selected per KV head and step
     seed: int
+    byte_rows: int  # rows of the token index that a step reads, each of 8 channels
     block_groups: bool = False  # a group is a KV block, not a sentence
 
 

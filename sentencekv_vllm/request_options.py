@@ -11,6 +11,7 @@ from typing import Any, get_args
 from .config import INDEX_NAMES, QUERY_NAMES, REDUCE_NAMES, closest
 from .policies import POLICIES, Grouping, SelectionPolicy
 from .resolved import ResolvedConfig
+from .types import IndexKind
 
 SWITCH, POLICY, BUDGET = "sentencekv", "sentencekv_policy", "sentencekv_token_budget"
 RANKING: dict[str, tuple[str, Mapping[str, Any] | None]] = {
@@ -19,6 +20,7 @@ RANKING: dict[str, tuple[str, Mapping[str, Any] | None]] = {
     "sentencekv_query": ("query", QUERY_NAMES),
     "sentencekv_head_reduce": ("reduce", REDUCE_NAMES),
     "sentencekv_retention": ("retention", None),  # a number
+    "sentencekv_score_channels": ("score_channels", None),
 }
 """Parts of the policy by option; they are there to compare rankings on one server."""
 KEYS = (SWITCH, POLICY, BUDGET, *RANKING)
@@ -35,6 +37,7 @@ class RequestOptions:
     enabled: bool  # False: dense for good
     policy: SelectionPolicy
     budget_blocks: int  # history blocks per KV head and step
+    byte_rows: int  # of the 1-bit index, read per step
 
     @classmethod
     def parse(
@@ -53,11 +56,12 @@ class RequestOptions:
         enabled = _switch(given.get(SWITCH, "on"))
         policy = _policy(given[POLICY], resolved) if POLICY in given else resolved.policy
         policy = _ranking(policy, {k: v for k, v in given.items() if k in RANKING})
-        _check_vectors(policy, resolved)
+        _check_index(policy, resolved)
         budget = _budget(given[BUDGET]) if BUDGET in given else resolved.config.token_budget
         if policy.selects:
             _check_fit(budget, resolved)
-        return cls(enabled, policy, resolved.history_blocks(policy, budget))
+        byte_rows = resolved.byte_rows(policy)
+        return cls(enabled, policy, resolved.history_blocks(policy, budget), byte_rows)
 
 
 def _switch(value: Any) -> bool:
@@ -88,6 +92,8 @@ def _ranking(policy: SelectionPolicy, given: Mapping[str, Any]) -> SelectionPoli
         if names is None:
             if type(value) not in (int, float) or not 0 <= value < math.inf:
                 raise RequestOptionsError(f"{key} is a number of at least 0, got {value!r}")
+            if field == "score_channels" and not 0 < value <= 1:
+                raise RequestOptionsError(f"{key} is above 0 and at most 1, got {value!r}")
             changes[field] = float(value)
         elif value in names:
             changes[field] = names[value]
@@ -96,8 +102,14 @@ def _ranking(policy: SelectionPolicy, given: Mapping[str, Any]) -> SelectionPoli
     return replace(policy, **changes)
 
 
-def _check_vectors(policy: SelectionPolicy, resolved: ResolvedConfig) -> None:
+def _check_index(policy: SelectionPolicy, resolved: ResolvedConfig) -> None:
     index = policy.index
+    if policy.score_channels != 1 and index is not None and index is not IndexKind.TOKEN_BITS:
+        raise RequestOptionsError(
+            f"score_channels {policy.score_channels:g} is of the 1-bit index, the index is "
+            f"{index.name.lower()!r}: set sentencekv_index to 'token_bits' or "
+            "sentencekv_score_channels to 1"
+        )
     if index is not None and index.vectors > resolved.index_vectors:
         raise RequestOptionsError(
             f"policy {policy.name!r} with index {index.name.lower()!r} keeps {index.vectors} "

@@ -63,6 +63,10 @@ class ResolvedConfig:
     def index_bytes(self) -> int:
         return self.num_pages * self.index_page_bytes
 
+    def byte_rows(self, policy: SelectionPolicy) -> int:
+        """Rows of the 1-bit index, of 8 channels each, that a step of a policy reads."""
+        return math.ceil(policy.score_channels * self.index_dim / 8)
+
     def history_blocks(self, policy: SelectionPolicy, token_budget: int) -> int:
         """History part of a budget under a policy, in blocks, rounded up."""
         if policy.keeps_all:

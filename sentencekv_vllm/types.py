@@ -109,6 +109,7 @@ class SparseBatch:
     reduce: Tensor  # [S] int32, Reduce
     retention: Tensor  # [S] float32: bonus for sentences selected at the step before
     seed: Tensor  # [S] int32: for IndexKind.RANDOM
+    byte_rows: Tensor  # [S] int32: of the E / 8 rows of `bits`, those that TOKEN_BITS reads
     step: int  # increases by one per step; the LRU stamp
 
 

@@ -21,7 +21,7 @@ def server(**settings: object) -> ResolvedConfig:
 def test_without_overrides_the_servers_settings_hold(extra):
     resolved = server(retention=3.0)
     options = RequestOptions.parse(extra, resolved)
-    assert options == RequestOptions(True, resolved.policy, resolved.budget_blocks)
+    assert options == RequestOptions(True, resolved.policy, resolved.budget_blocks, byte_rows=8)
 
 
 @pytest.mark.parametrize("budget", [512, "512"])
@@ -69,6 +69,12 @@ def test_the_ranking_can_be_taken_apart():
     assert found == (IndexKind.CENTROID, "blocks", QueryKind.RUNNING_MEAN, Reduce.MAX, 0.0)
 
 
+@pytest.mark.parametrize(("share", "rows"), [(0.5, 4), (0.01, 1), (0.51, 5), (1, 8)])
+def test_a_share_of_the_channels_is_counted_in_bytes(share, rows):
+    options = RequestOptions.parse({"sentencekv_score_channels": share}, server())
+    assert options.byte_rows == rows  # of head_dim 64
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
@@ -86,6 +92,12 @@ def test_the_ranking_can_be_taken_apart():
         ({"sentencekv_index": "mean_std"}, ["'mean_std'", "index_vectors of 2"]),
         ({"sentencekv_grouping": "page"}, ["sentencekv_grouping", "sentences, blocks"]),
         ({"sentencekv_query": "last"}, ["sentencekv_query", "running_mean, previous"]),
+        ({"sentencekv_score_channels": 0}, ["sentencekv_score_channels", "above 0", "0"]),
+        ({"sentencekv_score_channels": 1.5}, ["sentencekv_score_channels", "at most 1", "1.5"]),
+        (
+            {"sentencekv_policy": "think", "sentencekv_index": "centroid"},
+            ["score_channels 0.5", "'centroid'", "sentencekv_score_channels to 1"],
+        ),
         ({"sentencekv_index": "centroids"}, ["did you mean 'centroid'?"]),
         ({"sentencekv_retention": "5"}, ["sentencekv_retention", "number", "'5'"]),
         ({"sentencekv_retention": float("inf")}, ["sentencekv_retention", "inf"]),

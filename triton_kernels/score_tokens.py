@@ -34,6 +34,7 @@ def _score_tokens(
     history_hi,
     index_kind,
     reduce,
+    byte_rows,
     best,
     partial,
     scale,
@@ -75,6 +76,18 @@ def _score_tokens(
         mask=(g[None, :] < G) & (d[:, None] < E8 * 8),
         other=0,
     )
+    read = byte < E8
+    wanted = tl.load(byte_rows + s)
+    if wanted < E8:
+        # ops.choose_channels: a row's rank is the number of rows before it.
+        squares = tl.sum(level.to(tl.int32) * level.to(tl.int32), 1)
+        energy = tl.sum(tl.reshape(squares, (E8_PAD, 8)), 1)
+        stronger = energy[None, :] > energy[:, None]
+        earlier = (energy[None, :] == energy[:, None]) & (byte[None, :] < byte[:, None])
+        rank = tl.sum((stronger | earlier).to(tl.int32), 1)
+        read = read & (rank < wanted)
+        kept = tl.reshape(tl.broadcast_to(read[:, None], (E8_PAD, 8)), (E8_PAD * 8,))
+        level = tl.where(kept[:, None], level, 0).to(tl.int8)
     level_sum = tl.sum(level.to(tl.int32), 0)
     unit = scale * tl.load(steps + head * G + g, mask=g < G, other=0.0)
     best += head * G * max_sentences
@@ -89,7 +102,7 @@ def _score_tokens(
         column = head_page * (E8 * N) + token % N
         packed = tl.load(
             bits + column[:, None] + byte[None, :] * N,
-            mask=valid[:, None] & (byte < E8)[None, :],
+            mask=valid[:, None] & read[None, :],
             other=0,
         )
         ones = unpack_bits(packed, TILE, E8_PAD * 8)
@@ -157,6 +170,7 @@ def score_tokens(
         batch.history_hi,
         batch.index_kind,
         batch.reduce,
+        batch.byte_rows,
         work.best,
         work.partial,
         geometry.scale,

@@ -67,6 +67,7 @@ struct Batch {
   const int32_t* reduce;
   const float* retention;
   const int32_t* seed;
+  const int32_t* byte_rows;
   int64_t pages_pitch;  // elements from a row to the next
   int64_t row_pages_pitch;
   int64_t sentences_pitch;
@@ -128,6 +129,7 @@ struct Request {
   Reduce reduce;
   float retention;
   uint32_t seed;
+  int64_t byte_rows;  // of the token index, to be read
   int32_t step;
 
   Request(const Batch& batch, int64_t s, int64_t rows_per_page)
@@ -146,6 +148,7 @@ struct Request {
         reduce(static_cast<Reduce>(batch.reduce[s])),
         retention(batch.retention[s]),
         seed(static_cast<uint32_t>(batch.seed[s])),
+        byte_rows(batch.byte_rows[s]),
         step(static_cast<int32_t>(batch.step)) {}
 
   bool takes_everything() const { return budget == history_hi - history_lo; }

@@ -112,6 +112,8 @@ inline Scored score(Isa isa, const Attention& attention, const Pools& pools,
     with_elements(attention.query_dtype, query, [&](const auto* elements) {
       scratch.query.fill(attention.rotation, dim, pools.index_dim, group, elements);
     });
+    scratch.channels.choose(scratch.query.levels.data(), group, pools.index_dim,
+                            request.byte_rows);
     estimate_tokens(isa, pools, request, head, group, scored.touched, softmax, scratch);
     for (int64_t g = 0; g < group; ++g)
       factor[g] = attention.scale * scratch.query.steps.data()[g];

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "buffer.hpp"
+#include "channels.hpp"
 #include "quantize.hpp"
 #include "scan.hpp"
 
@@ -12,6 +13,7 @@ constexpr int64_t kMaxGroup = 64;
 
 struct Scratch {
   QuantizedQuery query;
+  ChosenChannels channels;
   Buffer<float> plain_query;  // [G, D]
   Buffer<float> spread_query;  // [G, D]
   ScanTables tables[(kMaxGroup + kScanHeads - 1) / kScanHeads];

@@ -73,6 +73,10 @@ struct Portable {
     std::memcpy(&v, p, static_cast<std::size_t>(bytes));
     return v;
   }
+  // One row fills a vector.
+  static Bytes load_rows(const uint8_t* p, const int64_t* offsets, int64_t, int64_t) {
+    return load(p + offsets[0]);
+  }
   static Bytes low_nibbles(Bytes v) { return v & 15; }
   static Bytes high_nibbles(Bytes v) { return v >> 4; }
   static Bytes lookup(Bytes table, Bytes index) { return __builtin_shuffle(table, index); }
@@ -105,6 +109,14 @@ struct Avx2 {
     Bytes v = zero();
     std::memcpy(&v, p, static_cast<std::size_t>(bytes));
     return v;
+  }
+  // Rows of 16 bytes, two of which fill a vector, or of 32.
+  static Bytes load_rows(const uint8_t* p, const int64_t* offsets, int64_t count, int64_t width) {
+    if (width == kBytes) return load(p + offsets[0]);
+    auto row = [&](int64_t r) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + offsets[r]));
+    };
+    return _mm256_set_m128i(count > 1 ? row(1) : _mm_setzero_si128(), row(0));
   }
   static Bytes low_nibbles(Bytes v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
   static Bytes high_nibbles(Bytes v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
@@ -140,6 +152,15 @@ struct Avx512 {
   static Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static Bytes load(const uint8_t* p, int64_t bytes) {
     return _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - bytes), p);
+  }
+  // Rows of 16 or 32 bytes, as many as fill a vector, or of 64; lanes of no row are 0.
+  static Bytes load_rows(const uint8_t* p, const int64_t* offsets, int64_t count, int64_t width) {
+    if (width == kBytes) return load(p + offsets[0]);
+    const uint64_t lanes = (uint64_t{1} << width) - 1;
+    Bytes v = zero();
+    for (int64_t r = 0; r < count; ++r)
+      v = _mm512_mask_loadu_epi8(v, lanes << (r * width), p + offsets[r] - r * width);
+    return v;
   }
   static Bytes low_nibbles(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
   static Bytes high_nibbles(Bytes v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }

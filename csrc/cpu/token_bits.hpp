@@ -21,7 +21,11 @@ template <class Simd>
 void estimate_tokens(const Pools& pools, const Request& request, int64_t head, int64_t group,
                      const Touched& touched, bool with_resident, Scratch& scratch) {
   const int64_t n = pools.block_size, rows = pools.index_dim / 8;
-  const auto layout = PageLayout::of<Simd>(pools.index_dim, n);
+  const ChosenChannels& channels = scratch.channels;
+  auto layout = PageLayout::of<Simd>(8 * channels.count, n);
+  int64_t offsets[kMaxByteRows];
+  for (int64_t r = 0; r < channels.count; ++r) offsets[r] = channels.rows[r] * n;
+  if (channels.count < rows) layout.offsets = offsets;
   const int64_t begin = with_resident ? 0 : request.history_lo;
   const int64_t end = with_resident ? request.num_pages : request.history_hi;
   const int64_t lo = request.history_lo * n, hi = request.history_hi * n;
@@ -40,7 +44,7 @@ void estimate_tokens(const Pools& pools, const Request& request, int64_t head, i
   for (int64_t g = 0; g < group; g += kScanHeads)
     tables[g / kScanHeads] = scratch.tables[g / kScanHeads].fill<Simd>(
         layout, static_cast<int>(std::min<int64_t>(kScanHeads, group - g)),
-        scratch.query.levels.data() + g * pools.index_dim);
+        channels.levels + g * 8 * channels.count);
 
   auto head_page = [&](int64_t block) {
     return static_cast<int64_t>(request.pages[block]) * pools.heads + head;
@@ -57,8 +61,10 @@ void estimate_tokens(const Pools& pools, const Request& request, int64_t head, i
         store_floats(scales + b * n + t, load_bfloat16s(pools.scales + page * n + t));
       if (block + b + chunk_blocks < end) {
         const int64_t next = head_page(block + b + chunk_blocks);
-        for (int64_t byte = 0; byte < rows * n; byte += 64)
-          __builtin_prefetch(pools.bits + next * rows * n + byte);
+        const int64_t runs = layout.offsets ? channels.count : 1;  // of rows that lie together
+        for (int64_t r = 0; r < runs; ++r)
+          for (int64_t byte = 0; byte < (layout.offsets ? n : rows * n); byte += 64)
+            __builtin_prefetch(pools.bits + next * rows * n + offsets[r] + byte);
         for (int64_t t = 0; t < n; t += 32) __builtin_prefetch(pools.scales + next * n + t);
       }
     }

@@ -14,6 +14,7 @@ from .layer_ops import DecodeOutputs
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MAX_GROUP_SIZE = 64
+MAX_BYTE_ROWS = 64
 
 BATCH_VECTORS = (
     "num_pages",
@@ -25,6 +26,7 @@ BATCH_VECTORS = (
     "reduce",
     "retention",
     "seed",
+    "byte_rows",
 )
 # Tensors with a row per request, which may be part of wider ones, and the pitch of their rows.
 BATCH_ROWS = {
@@ -106,6 +108,10 @@ def bind_pools(pools: LayerPools) -> Pools:
         raise ValueError(
             f"the cache must be bf16, fp16 or fp32 with block_size a multiple of 16 and head_dim "
             f"one of 8: it is {dtype} with block_size {n} and head_dim {width // 2}"
+        )
+    if pools.bits.shape[2] > MAX_BYTE_ROWS:
+        raise ValueError(
+            f"at most {8 * MAX_BYTE_ROWS} index channels, not {8 * pools.bits.shape[2]}"
         )
     return Pools(
         cache=_head_major("cache", pools.cache, dtype, (blocks, heads, n, width)),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..types import Geometry, IndexKind, LayerPools, Reduce, SparseBatch
+from .choose_channels import choose_channels
 from .pack_keys import unpack_signs
 from .quantize_query import quantize_query
 
@@ -53,7 +54,7 @@ def score_sentences(
 
     Logits of query head g (times the softmax scale):
       TOKEN_BITS: the largest estimate `step_g * scale_t * <levels_g, signs_t>` over the
-        sentence's tokens *inside the history*;
+        sentence's tokens *inside the history*, over the channels that `choose_channels` keeps;
       CENTROID: `<query_g, centroid>`, the centroid being that of the whole sentence;
       BOUNDS: `sum_d max(q_d * min_d, q_d * max_d)`, no smaller than any of its tokens' logits;
       MEAN_STD: `<q, mean> + 2 sqrt(<q^2, variance>)`.
@@ -97,6 +98,8 @@ def score_sentences(
             signs = unpack_signs(pools.bits[pages]).transpose(0, 1).flatten(1, 2)  # [H, T, E]
             scale = pools.scales[pages].float().transpose(0, 1).flatten(1)  # [H, T]
             levels, step = quantize_query(grouped[s], rotation)  # [H, G, E], [H, G]
+            chosen = choose_channels(levels, int(batch.byte_rows[s]))  # [H, E / 8]
+            levels = levels * chosen.repeat_interleave(8, -1)[:, None]
             dots = (levels.int()[:, :, None] * signs.int()[:, None]).sum(-1)  # [H, G, T]
             logits = (geometry.scale * step)[..., None] * (dots.float() * scale[:, None])
             best = [logits[..., max(starts[i], lo) : min(ends[i], hi)].amax(-1) for i in touches]

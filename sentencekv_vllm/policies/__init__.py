@@ -9,12 +9,14 @@ from .random import RANDOM
 from .sentence_kv import SENTENCE_KV
 from .sentence_kv_paper import SENTENCE_KV_PAPER
 from .streaming import STREAMING
+from .think import THINK
 
 POLICIES: dict[str, SelectionPolicy] = {
     "sentencekv": SENTENCE_KV,
     "sentencekv-paper": SENTENCE_KV_PAPER,
     "quest": QUEST,
     "mean-std": MEAN_STD,
+    "think": THINK,
     "full": FULL,
     "streaming": STREAMING,
     "random": RANDOM,

@@ -25,6 +25,8 @@ class SelectionPolicy:
         reduce: how a GQA group's scores become one per KV head.
         retention: bonus, in log-probability where `reduce` is SOFTMAX_MEAN and in units of
             the logits otherwise, for groups that the step before selected.
+        score_channels: share of the 1-bit index's channels that a step reads, those in which
+            the query is strongest.
         selects: history blocks are ranked, and attended to within the token budget.
         keeps_all: the whole history is attended to, whatever the budget.
     """
@@ -34,6 +36,7 @@ class SelectionPolicy:
     query: QueryKind = QueryKind.CURRENT
     reduce: Reduce = Reduce.MEAN
     retention: float = 0.0
+    score_channels: float = 1.0
     selects: bool = True
     keeps_all: bool = False
     grouping: Grouping = "sentences"

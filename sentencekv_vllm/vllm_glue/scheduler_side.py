@@ -132,6 +132,7 @@ class SchedulerSide:
             query_kind=int(policy.query),
             budget_blocks=wanted.budget_blocks,
             seed=(params.seed or 0) % 2**31 if params is not None else 0,
+            byte_rows=wanted.byte_rows,
             block_groups=policy.grouping == "blocks",
         )
         return Reason.SHORT_CONTEXT, options, policy.keeps_all

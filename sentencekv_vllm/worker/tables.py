@@ -14,7 +14,7 @@ from .transfer import upload
 
 CPU = torch.device("cpu")
 WIDTH_STEP = 64  # columns; few distinct widths, so that GPU kernels are compiled few times
-OPTION_COLUMNS = ("index_kind", "reduce", "budget_blocks", "seed", "query_kind")
+OPTION_COLUMNS = ("index_kind", "reduce", "budget_blocks", "seed", "query_kind", "byte_rows")
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ class Tables:
             "reduce": self.options["reduce"][slots],
             "retention": self.retention[slots],
             "seed": self.options["seed"][slots],
+            "byte_rows": self.options["byte_rows"][slots],
         }
         tensors = upload(list(columns.values()), self.device)
         batch = SparseBatch(**dict(zip(columns, tensors, strict=True)), step=step)

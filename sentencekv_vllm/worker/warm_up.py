@@ -43,6 +43,7 @@ def warm_up(runtime: Runtime, attend: Callable[[StepPlan, Tensor], None]) -> Non
             query_kind=int(query_kind),
             budget_blocks=min(working_set, history),
             seed=0,
+            byte_rows=geometry.index_dim // 8,
         )
         pages = [*range(history)]
         update = RequestUpdate(

@@ -156,6 +156,7 @@ class Worker:
                 query_kind=0,
                 budget_blocks=self.budget,
                 seed=0,
+                byte_rows=D // 8,
             )
             copied = TABLES[LONG][: HISTORY[1]]
             ends = np.arange(11, len(copied) * N + 1, 11, dtype=np.int32)

@@ -33,6 +33,7 @@ class Row:
     kind: IndexKind = IndexKind.TOKEN_BITS
     reduce: Reduce = Reduce.SOFTMAX_MEAN
     retention: float = 0.0
+    byte_rows: int | None = None  # of the token index that are read; None: all
     ends: tuple[int, ...] | None = None
 
 
@@ -146,6 +147,7 @@ def make_case(
         index_kind=column([int(row.kind) for row in rows]),
         reduce=column([int(row.reduce) for row in rows]),
         retention=column([row.retention for row in rows], torch.float32),
+        byte_rows=column([row.byte_rows or turn.shape[1] // 8 for row in rows]),
         seed=column([7 * s - 3 for s in range(len(rows))]),
         step=5,
     )

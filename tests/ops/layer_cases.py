@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -27,6 +28,7 @@ class Row:
     reduce: Reduce = Reduce.SOFTMAX_MEAN
     retention: float = 5.0
     sentences: int = 63
+    score_channels: float = 1.0  # share of the token index that is read
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,10 @@ def build(case: Case) -> Layer:
         index_kind=torch.tensor([row.kind for row in case.rows], dtype=torch.int32),
         reduce=torch.tensor([row.reduce for row in case.rows], dtype=torch.int32),
         retention=torch.tensor([row.retention for row in case.rows], dtype=torch.float32),
+        byte_rows=torch.tensor(
+            [math.ceil(row.score_channels * turn.shape[1] / 8) for row in case.rows],
+            dtype=torch.int32,
+        ),
         seed=torch.arange(count, dtype=torch.int32) * 77 - 5,
         step=0,
     )

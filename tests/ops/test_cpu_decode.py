@@ -62,6 +62,18 @@ CASES = {
         f"D{d}-E{e}-N{n}": Case(EVERY_KIND, dim=d, index_dim=e, block=n)
         for d, e, n in ((128, 64, 32), (128, 8, 16), (128, 72, 32), (80, 48, 16))
     },
+    **{
+        f"channels-D{d}-N{n}-G{g}": Case(
+            tuple(
+                Row(score_channels=share, reduce=r)
+                for share, r in zip((0.5, 0.3, 0.01), Reduce, strict=True)
+            ),
+            dim=d,
+            block=n,
+            group=g,
+        )
+        for d, n, g in ((128, 16, 4), (128, 32, 1), (80, 48, 7), (128, 64, 8), (64, 128, 4))
+    },
     "D256-E128-N64": Case(dim=256, index_dim=128, block=64),
 }
 
@@ -210,7 +222,7 @@ def test_instruction_sets_agree_bit_for_bit(
     ops: CpuOps, isa: int, block: int, dim: int, index_dim: int | None
 ) -> None:
     """Scans are exact integers, so every float after them is the same."""
-    rows = (Row(1111), Row(577, reduce=Reduce.MAX))
+    rows = (Row(1111), Row(577, reduce=Reduce.MAX), Row(577, score_channels=0.4))
     layer = build(Case(rows, block=block, dim=dim, index_dim=index_dim, group=7))
     mine = copy_pools(layer.pools)
     query = layer.query(0)

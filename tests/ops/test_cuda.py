@@ -85,7 +85,7 @@ def make_world(requests: int, heads: int, history: int, slots: int, numel: int, 
         history_hi=torch.full((requests,), history, dtype=torch.int32),
         budget_blocks=torch.zeros(requests, dtype=torch.int32),
         private_blocks=block_ids[: requests * slots].view(requests, slots).contiguous(),
-        index_kind=unused, reduce=unused, retention=unused, seed=unused, step=0,
+        index_kind=unused, reduce=unused, retention=unused, seed=unused, byte_rows=unused, step=0,
     )  # fmt: skip
     return World(pools, batch)
 

@@ -112,11 +112,11 @@ def test_an_index_of_fewer_channels(build, kernels, workspace, index_dim, block_
     compare(case, work)
 
 
-@pytest.mark.parametrize("index_dim", [128, 40])
-def test_token_scores_are_exact(build, kernels, workspace, index_dim):
+@pytest.mark.parametrize(("index_dim", "byte_rows"), [(128, 16), (40, 5), (128, 7), (72, 1)])
+def test_token_scores_are_exact(build, kernels, workspace, index_dim, byte_rows):
     """Integers on both sides: for equal levels, MAX is the definition's, bit for bit."""
-    row = build.row(tokens=1600, reduce=Reduce.MAX)
-    case = build(row, head_dim=128, index_dim=index_dim)
+    rows = [build.row(tokens=t, reduce=Reduce.MAX, byte_rows=byte_rows) for t in (1600, 577)]
+    case = build(*rows, head_dim=128, index_dim=index_dim)
     work = workspace(case, kernels)
     levels, step = quantize_query_reference(case.query, case.rotation)
     run(case.to(kernels), work, (levels.to(kernels), step.to(kernels)))

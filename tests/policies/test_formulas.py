@@ -92,6 +92,7 @@ def ranked(policy: SelectionPolicy, seed: int = 0) -> Scene:
         reduce=column(int(policy.reduce)),
         retention=column(policy.retention, dtype=torch.float32),
         seed=column(0),
+        byte_rows=column(math.ceil(policy.score_channels * D / 8)),
         step=0,
     )
     geometry = Geometry(1, HEADS, GROUP, D, N, 2, SCALE, vectors_per_row=2)
@@ -194,6 +195,37 @@ def test_the_default_is_the_best_tokens_one_bit_estimate() -> None:
                     round(b / step) * (1 if a >= 0 else -1) for a, b in zip(x, y, strict=True)
                 ]
                 estimates.append(SCALE * scale * step * sum(signed))
+            spans = [(max(a, low), min(b, high)) for a, b in scene.groups]
+            best.append([max(estimates[a:b], default=-math.inf) for a, b in spans])
+            resident.append(estimates[:low] + estimates[high:])
+        expect(scene, h, log_mean_probability(best, resident), 0.02)  # scales are bfloat16
+
+
+def test_think_sums_over_the_channels_of_the_strongest_queries() -> None:
+    """Groups of eight rotated channels by the sum of squared levels over the group's heads."""
+    scene, turn = ranked(POLICIES["think"]), rotation(D)
+    low, high = SINKS * N, HISTORY_END * N
+    for h in range(HEADS):
+        levels: list[list[int]] = []
+        steps: list[float] = []
+        for g in range(GROUP):
+            y = (scene.head(h, g) @ turn).tolist()
+            steps.append(max(abs(value) for value in y) / 31)
+            levels.append([round(value / steps[-1]) for value in y])
+        energy = [
+            sum(head[d] ** 2 for head in levels for d in range(r, r + 8)) for r in range(0, D, 8)
+        ]
+        strongest = sorted(range(D // 8), key=lambda r: (-energy[r], r))[: D // 16]
+        channels = [d for d in range(D) if d // 8 in strongest]
+        best: list[list[float]] = []
+        resident: list[list[float]] = []
+        for g in range(GROUP):
+            estimates = []
+            for t in range(BLOCKS * N):
+                x = (scene.keys[h, t] @ turn).tolist()
+                scale = sum(a * a for a in x) / sum(abs(a) for a in x)
+                signed = sum(levels[g][d] * (1 if x[d] >= 0 else -1) for d in channels)
+                estimates.append(SCALE * scale * steps[g] * signed)
             spans = [(max(a, low), min(b, high)) for a, b in scene.groups]
             best.append([max(estimates[a:b], default=-math.inf) for a, b in spans])
             resident.append(estimates[:low] + estimates[high:])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -15,6 +16,7 @@ MODULES = {
     "sentencekv-paper": "sentence_kv_paper",
     "quest": "quest",
     "mean-std": "mean_std",
+    "think": "think",
     "full": "full",
     "streaming": "streaming",
     "random": "random",
@@ -71,6 +73,14 @@ def test_mean_std_ranks_sentences_by_two_vectors():
         Reduce.SOFTMAX_MEAN,
         0.0,
     )
+
+
+def test_think_is_the_default_with_a_part_of_the_channels():
+    assert POLICIES["think"] == replace(
+        POLICIES["sentencekv"], name="think", score_channels=POLICIES["think"].score_channels
+    )
+    assert [p.name for p in POLICIES.values() if p.score_channels != 1] == ["think"]
+    assert 0 < POLICIES["think"].score_channels < 1
 
 
 def test_only_full_keeps_everything_and_only_streaming_attends_to_no_history():

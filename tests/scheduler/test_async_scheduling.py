@@ -11,7 +11,7 @@ from sentencekv_vllm.messages import DecodeOptions
 from sentencekv_vllm.types import QueryKind
 
 PROMPT = 101  # 25 full blocks of 4 and one token
-OPTIONS = DecodeOptions(0, 0, 5.0, False, 3, 0)
+OPTIONS = DecodeOptions(0, 0, 5.0, 0, 3, 0, 8)
 
 
 class AsyncScheduler:

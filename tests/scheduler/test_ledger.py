@@ -15,7 +15,7 @@ from sentencekv_vllm.scheduler.reasons import Reason
 from sentencekv_vllm.types import QueryKind
 
 PROMPT = 101  # 25 full blocks of 4 and one token
-OPTIONS = DecodeOptions(0, 0, 5.0, False, 3, 0)
+OPTIONS = DecodeOptions(0, 0, 5.0, 0, 3, 0, 8)
 BLOCK_GROUPS = replace(OPTIONS, block_groups=True)
 
 
@@ -225,7 +225,7 @@ def test_covered_histories_stay_exact(simulate):
 
 
 def options_of(blocks):
-    return DecodeOptions(0, 0, 5.0, False, blocks, 0)
+    return DecodeOptions(0, 0, 5.0, 0, blocks, 0, 8)
 
 
 def test_policy_full_frees_no_more_than_its_working_set_holds(simulate):
