@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
+from .host_format import HOST_DTYPES
 from .policies import POLICIES, Grouping, SelectionPolicy
 from .types import IndexKind, QueryKind, Reduce
 
@@ -60,6 +61,9 @@ class SentenceKVConfig:
     history part of the budget. It changes the speed, never the output."""
     host_pool_gib: float = _option(4.0, above=0)
     """Swap pool of one worker in host memory; the index on the device grows with it."""
+    host_kv_dtype: str = _option("auto", choices=tuple(HOST_DTYPES))
+    """Precision of the swap pool; `auto` is that of the KV cache. Others hold more tokens, swap
+    fewer bytes and make what is swapped in approximate."""
     min_context_tokens: int = _option(8192, low=1)
     """Shorter requests stay dense."""
 

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from .config import ConfigError, SentenceKVConfig
+from .host_format import HostFormat, host_format
 from .policies import SelectionPolicy
 
 GIB = 2**30
@@ -31,7 +32,8 @@ class ResolvedConfig:
     recent_blocks: int  # full blocks that the recent window may touch
     working_set_blocks: int  # R: private blocks of a sparse request
     num_pages: int  # of the swap pool and of the index
-    page_bytes: int  # one block of every layer
+    host_format: HostFormat | None  # None: pages are byte copies
+    page_bytes: int  # one block of every layer, in the swap pool
     index_page_bytes: int  # on the device, every layer
 
     @property
@@ -100,9 +102,11 @@ def resolve(
         )
     rows_per_page = max(1, block_size // config.sentence_tokens_per_row)
     head_blocks = num_layers * num_kv_heads
-    page_bytes = head_blocks * 2 * block_size * head_dim * dtype_size
     index_dim = _index_dim(config, head_dim)
     bits_and_scales = block_size * (index_dim // 8 + 2)
+    form = _host_format(config.host_kv_dtype, block_size, head_dim, dtype_size)
+    head_block_bytes = 2 * block_size * head_dim * dtype_size
+    page_bytes = head_blocks * (head_block_bytes if form is None else form.head_block_bytes)
     policy = config.selection_policy
     needed = 1 if policy.index is None else policy.index.vectors
     vectors = config.index_vectors or needed
@@ -120,6 +124,7 @@ def resolve(
         recent_blocks=blocks(config.recent_window, block_size),
         working_set_blocks=-(-5 * history // 4) if wanted is None else blocks(wanted, block_size),
         num_pages=int(config.host_pool_gib * GIB) // page_bytes,
+        host_format=form,
         page_bytes=page_bytes,
         index_page_bytes=head_blocks * (bits_and_scales + vectors_and_flags),
     )
@@ -138,6 +143,13 @@ def _index_dim(config: SentenceKVConfig, head_dim: int) -> int:
             f"{head_dim}: set it to {fix}"
         )
     return channels
+
+
+def _host_format(name: str, block_size: int, head_dim: int, dtype_size: int) -> HostFormat | None:
+    try:
+        return host_format(name, block_size, head_dim, dtype_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _history_blocks(config: SentenceKVConfig, token_budget: int, block_size: int) -> int:

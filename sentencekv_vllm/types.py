@@ -8,6 +8,8 @@ from enum import IntEnum
 
 from torch import Tensor
 
+from .host_format import HostFormat
+
 
 class IndexKind(IntEnum):
     """What a sentence is scored by."""
@@ -53,6 +55,7 @@ class Geometry:
     scale: float  # softmax scale of the attention
     vectors_per_row: int = 1  # 2: with room for IndexKind.BOUNDS and MEAN_STD
     index_channels: int | None = None  # rotated channels that TOKEN_BITS keeps; None: all
+    host_format: HostFormat | None = None  # of the swap pool; None: byte copies
 
     @property
     def index_dim(self) -> int:
@@ -76,7 +79,7 @@ class LayerPools:
     """
 
     cache: Tensor  # [B, H, N, 2D] vLLM's KV cache of this layer, head-major
-    host: Tensor  # [P, H, N, 2D] swap pool; a page is a byte copy of a block
+    host: Tensor  # [P, H, N, 2D] swap pool; [P, H, head_block_bytes] uint8 in a host format
     bits: Tensor  # [P, H, E / 8, N] uint8: bit j of byte (i, t) is the sign of channel 8i + j
     scales: Tensor  # [P, H, N] bfloat16
     centroids: Tensor  # [P * M, H, D] bfloat16, one row per sentence: see ops.index_sentences
@@ -85,6 +88,7 @@ class LayerPools:
     slot_page: Tensor  # [B, H] int32: page held by the block's head-block, or -1
     slot_stamp: Tensor  # [B, H] int32: step at which the slot was last selected
     spreads: Tensor | None = None  # as centroids, where a row has two vectors
+    host_format: HostFormat | None = None  # None: a page is a byte copy of a block
 
 
 @dataclass(frozen=True)

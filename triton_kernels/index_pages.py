@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..types import LayerPools
 from .pack_keys import pack_keys, padded_channels
+from .quantize_pages import store_rows
 
 TILE = 64  # tokens a program packs; several pages where blocks are small
 
@@ -32,6 +33,9 @@ def _index_pages(
     E_PAD: tl.constexpr,
     K_STEP: tl.constexpr,
     TILE: tl.constexpr,
+    HOST_DTYPE: tl.constexpr,
+    G: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
 ):
     h = tl.program_id(1)
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -42,13 +46,28 @@ def _index_pages(
     head_page = page * H + h
 
     source = cache + block * cache_block_stride + h.to(tl.int64) * cache_head_stride + t * (2 * D)
-    target = host + (head_page * N + t) * (2 * D)
+    target = host + head_page * HEAD_BLOCK
     channel = tl.arange(0, D_PAD)[None, :]
     copied = valid[:, None] & (channel < D)
     for half in tl.static_range(2):
         offset = half * D + channel
         row = tl.load(source[:, None] + offset, mask=copied)
-        tl.store(target[:, None] + offset, row, mask=copied)
+        if HOST_DTYPE == 0:
+            tl.store(target[:, None] + t[:, None] * (2 * D) + offset, row, mask=copied)
+        else:
+            store_rows(
+                target,
+                row.to(tl.float32),
+                t * 2 + half,
+                valid,
+                N=N,
+                D=D,
+                D_PAD=D_PAD,
+                G=G,
+                DTYPE=HOST_DTYPE,
+                CACHE_DTYPE=cache.dtype.element_ty,
+                TILE=TILE,
+            )
 
     packed, scale = pack_keys(source[:, None], valid[:, None], rotation, D, E, E_PAD, K_STEP, TILE)
     byte = tl.arange(0, E_PAD // 8)[None, :]
@@ -70,7 +89,7 @@ def index_pages(pools: LayerPools, block_ids: Tensor, page_ids: Tensor, rotation
         rotation: [D, E] float32 on the device of the cache.
     """
     _, heads, n, width = pools.cache.shape
-    dim = width // 2
+    dim, form = width // 2, pools.host_format
     assert pools.cache.stride()[2:] == (width, 1), "a head-block is contiguous"
     num_tokens = len(block_ids) * n
     if num_tokens == 0:
@@ -95,5 +114,9 @@ def index_pages(pools: LayerPools, block_ids: Tensor, page_ids: Tensor, rotation
         E_PAD=padded_channels(rotation.shape[1]),
         K_STEP=16,
         TILE=TILE,
+        HOST_DTYPE=0 if form is None else int(form.dtype),
+        G=0 if form is None else form.group_size,
+        HEAD_BLOCK=n * width if form is None else form.head_block_bytes,
+        enable_fp_fusion=form is None,  # as `store_rows` asks
         num_warps=8 if dim > 64 else 4,
     )

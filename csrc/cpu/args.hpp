@@ -8,6 +8,7 @@
 namespace sentencekv::cpu {
 
 enum class Dtype : int64_t { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
+enum class HostDtype : int64_t { kCopy = 0, kInt8 = 1, kInt4 = 2, kFp8 = 3 };
 enum class IndexKind : int32_t {
   kTokenBits = 0,
   kCentroid = 1,
@@ -37,18 +38,22 @@ struct Pools {
   int64_t head_dim;
   int64_t index_dim;  // rotated channels that `bits` keeps
   Dtype dtype;
+  HostDtype host_dtype;
+  int64_t group_size;        // elements that share a step; 0 for kCopy
+  int64_t host_head_bytes;   // of a head-block of `host`
 
   bool has_vectors(IndexKind kind) const {
     return spreads || (kind != IndexKind::kBounds && kind != IndexKind::kMeanStd);
   }
+  int64_t head_block_numel() const { return 2 * block_size * head_dim; }
   int64_t head_block_bytes() const {
-    return 2 * block_size * head_dim * (dtype == Dtype::kFloat32 ? 4 : 2);
+    return head_block_numel() * (dtype == Dtype::kFloat32 ? 4 : 2);
   }
   uint8_t* cache_head(int64_t block, int64_t head) const {
     return cache + block * block_stride + head * head_block_bytes();
   }
   uint8_t* host_head(int64_t page, int64_t head) const {
-    return host + page * page_stride + head * head_block_bytes();
+    return host + page * page_stride + head * host_head_bytes;
   }
 };
 

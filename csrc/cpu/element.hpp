@@ -21,13 +21,21 @@ inline uint16_t to_bfloat16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// Calls body(const Element*) with the type that `dtype` names.
+// Calls body(Element*) with the type that `dtype` names.
 template <class Body>
 void with_elements(Dtype dtype, const void* data, Body body) {
   switch (dtype) {
     case Dtype::kBfloat16: return body(static_cast<const Bfloat16*>(data));
     case Dtype::kFloat16: return body(static_cast<const _Float16*>(data));
     case Dtype::kFloat32: return body(static_cast<const float*>(data));
+  }
+}
+template <class Body>
+void with_elements(Dtype dtype, void* data, Body body) {
+  switch (dtype) {
+    case Dtype::kBfloat16: return body(static_cast<Bfloat16*>(data));
+    case Dtype::kFloat16: return body(static_cast<_Float16*>(data));
+    case Dtype::kFloat32: return body(static_cast<float*>(data));
   }
 }
 

@@ -2,13 +2,13 @@
 // ops/index_pages.py and ops/index_sentences.py.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "args.hpp"
 #include "buffer.hpp"
 #include "element.hpp"
 #include "parallel.hpp"
+#include "quantize_pages.hpp"
 #include "rotate.hpp"
 
 namespace sentencekv::cpu {
@@ -64,8 +64,7 @@ extern "C" void sentencekv_cpu_index_pages(const Pools* pools, const Rotation* r
     static thread_local Buffer<float> keys, rotated, norms;
     const int64_t page = page_ids[pair / heads], head = pair % heads;
     const uint8_t* block = pools->cache_head(block_ids[pair / heads], head);
-    std::memcpy(pools->host_head(page, head), block,
-                static_cast<std::size_t>(pools->head_block_bytes()));
+    store_page(*pools, block_ids[pair / heads], page, head);
     float* x = keys.reserve(dim * n);
     with_elements(pools->dtype, block, [&](const auto* elements) {
       for (int64_t i = 0; i < dim * n; ++i) x[i] = elements[key_offset[i]];

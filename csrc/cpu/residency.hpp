@@ -4,9 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "args.hpp"
+#include "quantize_pages.hpp"
 #include "scratch.hpp"
 
 namespace sentencekv::cpu {
@@ -58,9 +58,7 @@ inline void swap_in(const Pools& pools, const Request& request, int64_t head,
                     int64_t misses) {
   const int32_t* missing = scratch.missing.data();
   for (int64_t m = 0; m < misses; ++m)
-    std::memcpy(pools.cache_head(table[missing[m]] / pools.heads, head),
-                pools.host_head(request.pages[blocks[missing[m]]], head),
-                static_cast<std::size_t>(pools.head_block_bytes()));
+    load_page(pools, request.pages[blocks[missing[m]]], table[missing[m]] / pools.heads, head);
 }
 
 }  // namespace sentencekv::cpu

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from ..host_format import host_format
 from ..types import IndexKind
 
 
@@ -40,6 +41,11 @@ class KVShape:
     def head_block_bytes(self) -> int:
         """K and V of one block."""
         return self.block_size * self.token_bytes
+
+    def swapped_bytes(self, host_kv_dtype: str) -> int:
+        """Of one block, as a swap pool of this precision keeps and moves it."""
+        form = host_format(host_kv_dtype, self.block_size, self.head_dim, self.element_bytes)
+        return self.head_block_bytes if form is None else form.head_block_bytes
 
     def index_bytes(self, index: IndexKind | None, tokens_per_row: float) -> float:
         """Per token, of the part of the index that a ranking reads.

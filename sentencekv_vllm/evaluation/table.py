@@ -119,7 +119,7 @@ def _row(
     prompt_tokens = sum(r.prompt_tokens for r in records)
     swapped = index_bytes = math.nan
     if kv_shape and steps:
-        swapped = misses * kv_shape.head_block_bytes / steps
+        swapped = misses * kv_shape.swapped_bytes(variant.host_kv_dtype) / steps
     if kv_shape and records:
         length = prompt_tokens / max(1, sum(r.sentences for r in records))
         index_bytes = kv_shape.index_bytes(variant.index, length)

@@ -81,6 +81,12 @@ class Variant:
         return INDEX_NAMES[str(given)] if given else POLICIES[self.policy].index
 
     @property
+    def host_kv_dtype(self) -> str:
+        """Of the server's swap pool."""
+        settings = (setting.partition("=") for setting in self.server.split(", "))
+        return {name: value for name, _, value in settings}.get("host_kv_dtype", "auto")
+
+    @property
     def has_budget(self) -> bool:
         return self.policy is not None and POLICIES[self.policy].selects
 

@@ -47,6 +47,7 @@ class Pools(ctypes.Structure):
         *_fields(ctypes.c_void_p, "page_slot", "slot_page", "slot_stamp", "spreads"),
         *_fields(ctypes.c_int64, "block_stride", "page_stride"),
         *_fields(ctypes.c_int64, "heads", "block_size", "head_dim", "index_dim", "dtype"),
+        *_fields(ctypes.c_int64, "host_dtype", "group_size", "host_head_bytes"),
     ]
 
 
@@ -103,7 +104,7 @@ def check(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -
 def bind_pools(pools: LayerPools) -> Pools:
     """Raises ValueError where the C++ code could not walk the tensors."""
     blocks, heads, n, width = pools.cache.shape
-    num_pages, dtype = len(pools.host), pools.cache.dtype
+    num_pages, dtype, form = len(pools.host), pools.cache.dtype, pools.host_format
     if dtype not in DTYPES or width % 16 or n % 16:
         raise ValueError(
             f"the cache must be bf16, fp16 or fp32 with block_size a multiple of 16 and head_dim "
@@ -115,7 +116,11 @@ def bind_pools(pools: LayerPools) -> Pools:
         )
     return Pools(
         cache=_head_major("cache", pools.cache, dtype, (blocks, heads, n, width)),
-        host=_head_major("host", pools.host, dtype, (num_pages, heads, n, width)),
+        host=_head_major("host", pools.host, dtype, (num_pages, heads, n, width))
+        if form is None
+        else _head_major(
+            "host", pools.host, torch.uint8, (num_pages, heads, form.head_block_bytes)
+        ),
         bits=check("bits", pools.bits, torch.uint8, (num_pages, heads, -1, n)),
         scales=check("scales", pools.scales, torch.bfloat16, (num_pages, heads, n)),
         centroids=check("centroids", pools.centroids, torch.bfloat16, (-1, heads, width // 2)),
@@ -133,6 +138,11 @@ def bind_pools(pools: LayerPools) -> Pools:
         head_dim=width // 2,
         index_dim=8 * pools.bits.shape[2],
         dtype=DTYPES[dtype],
+        host_dtype=0 if form is None else form.dtype,
+        group_size=0 if form is None else form.group_size,
+        host_head_bytes=n * width * pools.cache.element_size()
+        if form is None
+        else form.head_block_bytes,
     )
 
 

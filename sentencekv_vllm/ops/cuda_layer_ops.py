@@ -55,6 +55,12 @@ class CudaOps(TritonOps):  # type: ignore[misc]  # mypy does not follow the mapp
         )
 
 
-def gpu_layer_ops(workspace: Workspace) -> TritonOps:
-    """`CudaOps` where the kernels are built or can be, else `TritonOps` (the log says why)."""
-    return TritonOps(workspace) if library() is None else CudaOps(workspace)
+def gpu_layer_ops(workspace: Workspace, quantized_pages: bool) -> TritonOps:
+    """`CudaOps` where the kernels are built or can be, else `TritonOps` (the log says why).
+
+    Args:
+        quantized_pages: of the swap pool; the CUDA gather copies bytes, Triton's restores them.
+    """
+    if quantized_pages or library() is None:
+        return TritonOps(workspace)
+    return CudaOps(workspace)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..types import LayerPools
 from .pack_keys import pack_keys
+from .quantize_pages import quantize_pages
 
 
 def read_keys(head_blocks: Tensor, key_offset: Tensor, block_size: int) -> Tensor:
@@ -29,10 +30,11 @@ def read_keys(head_blocks: Tensor, key_offset: Tensor, block_size: int) -> Tenso
 def index_pages(
     pools: LayerPools, block_ids: Tensor, page_ids: Tensor, key_offset: Tensor, rotation: Tensor
 ) -> None:
-    """Copy blocks to host pages and write their sign bits and scales.
+    """Copy blocks to host pages, in the pool's format, and write their sign bits and scales.
 
     Forgets what the pages' former owner left: residency is cleared. The index is a
-    function of the page alone, so prefix hits, chunks and resumed requests agree.
+    function of the block's keys alone, not of what the host format makes of them, so prefix
+    hits, chunks and resumed requests agree.
 
     Args:
         pools: `host`, `bits`, `scales` and `page_slot` are written.
@@ -42,7 +44,8 @@ def index_pages(
     """
     blocks, pages = block_ids.long(), page_ids.long()
     content = pools.cache[blocks]
-    pools.host[pages.to(pools.host.device)] = content.to(pools.host.device)
+    stored = quantize_pages(content, pools.host_format) if pools.host_format else content
+    pools.host[pages.to(pools.host.device)] = stored.to(pools.host.device)
     keys = read_keys(content, key_offset, content.shape[-2])
     bits, scales = pack_keys(keys, rotation)
     pools.bits[pages] = bits

@@ -43,7 +43,8 @@ def make_layer_ops(sizes: Sizes) -> LayerOps:
     if chosen == "cuda":
         from .cuda_layer_ops import gpu_layer_ops
 
-        return gpu_layer_ops(_workspace(sizes))
+        quantized_pages = sizes.geometry.host_format is not None
+        return gpu_layer_ops(_workspace(sizes), quantized_pages)
     if chosen == "reference":
         return ReferenceOps()
     if chosen == "triton":

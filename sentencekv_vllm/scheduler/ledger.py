@@ -328,7 +328,8 @@ class Ledger:
         memory, options = state.memory, state.options
         assert options is not None
         covered = memory.history_hi - memory.history_lo <= options.budget_blocks
-        if memory.exact_tokens is None and not covered:
+        exact = covered and self.limits.exact_pages
+        if memory.exact_tokens is None and not exact:
             memory.exact_tokens = processed
 
     def _pages_at_admission(self, request_id: str) -> int:

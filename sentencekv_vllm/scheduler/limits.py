@@ -20,3 +20,4 @@ class Limits:
     num_slots: int
     stay_dense_when_covered: bool
     wait_for_pages: bool
+    exact_pages: bool = True  # host pages are byte copies

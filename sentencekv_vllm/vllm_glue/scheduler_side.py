@@ -69,6 +69,7 @@ class SchedulerSide:
             num_slots=scheduler.max_num_seqs,
             stay_dense_when_covered=config.stay_dense_when_covered,
             wait_for_pages=config.on_pool_full == "wait",
+            exact_pages=resolved.host_format is None,
         )
         self._service = SegmentationService(
             config.segmenter,

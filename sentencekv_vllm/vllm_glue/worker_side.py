@@ -51,6 +51,7 @@ def build_runtime(
         scale=layer.impl.scale,
         vectors_per_row=resolved.index_vectors,
         index_channels=resolved.index_dim,
+        host_format=resolved.host_format,
     )
     try:
         runtime = Runtime(
@@ -72,10 +73,11 @@ def build_runtime(
         ) from error
     platform.prepare(runtime)
     logger.info(
-        "SentenceKV: %d host pages of %d tokens (%.2f GiB swap pool), %.1f MiB index, ops: %s",
+        "SentenceKV: %d host pages of %d tokens (%.2f GiB swap pool, %s), %.1f MiB index, ops: %s",
         resolved.num_pages,
         block_size,
         runtime.pools.host_bytes / 2**30,
+        resolved.config.host_kv_dtype,
         runtime.pools.index_bytes / 2**20,
         runtime.ops.name,
     )

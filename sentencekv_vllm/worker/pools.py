@@ -40,8 +40,11 @@ class Pools:
         def on_device(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.empty((layers, *shape), dtype=dtype, device=device)
 
+        form = g.host_format
         self._host_pool = HostPool(
-            (layers, pages, heads, n, 2 * d), caches[0].dtype, pinned=device.type == "cuda"
+            (layers, pages, heads, *((n, 2 * d) if form is None else (form.head_block_bytes,))),
+            caches[0].dtype if form is None else torch.uint8,
+            pinned=device.type == "cuda",
         )
         self.host = self._host_pool.tensor
         self.bits = on_device((pages, heads, g.index_dim // 8, n), torch.uint8)
@@ -66,6 +69,7 @@ class Pools:
                 slot_page=self.slot_page[i],
                 slot_stamp=self.slot_stamp[i],
                 spreads=None if self.spreads is None else self.spreads[i],
+                host_format=form,
             )
             for i in range(layers)
         ]
@@ -82,8 +86,14 @@ class Pools:
 
     @property
     def page_bytes(self) -> int:
-        """One block of every layer."""
+        """One block of every layer, as it lies in the swap pool."""
         return self.host.nbytes // max(1, self.host.shape[1])
+
+    @property
+    def head_block_bytes(self) -> int:
+        """Of the swap pool: what a miss copies."""
+        layers, _, heads = self.host.shape[:3]
+        return self.page_bytes // (layers * heads)
 
     def empty_slots(self, block_ids: list[int]) -> None:
         """Forget what the blocks held: they have a new owner."""

@@ -290,8 +290,7 @@ class Runtime:
         num_misses = int(misses.sum())
         self.counters["hits"] += int(hits.sum())
         self.counters["misses"] += num_misses
-        head_block_bytes = self.geometry.head_block_numel * self.pools.host.element_size()
-        self.counters["swap_in_bytes"] += num_misses * head_block_bytes
+        self.counters["swap_in_bytes"] += num_misses * self.pools.head_block_bytes
         self.counters["sparse_steps"] += 1
         shares = (coverage / self.geometry.num_layers).astype(np.float32)
         known = shares[~np.isnan(shares)]

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from sentencekv_vllm.host_format import host_format
 from sentencekv_vllm.ops.cuda import Launcher, library, load
 from sentencekv_vllm.ops.cuda_build import cuda_sources
 from sentencekv_vllm.ops.custom_ops import SCHEMAS
 from sentencekv_vllm.ops.native_build import build as build_library
 from sentencekv_vllm.ops.native_build import csrc_dir
 from sentencekv_vllm.ops.pack_keys import pack_keys
+from sentencekv_vllm.ops.quantize_pages import quantize_pages
 from sentencekv_vllm.ops.rotation import rotation
 from sentencekv_vllm.types import Geometry, IndexKind, LayerPools, Reduce, SparseBatch
 
@@ -83,6 +85,7 @@ def make_case(
     block_size: int = 16,
     private: int = 16,
     dtype: torch.dtype = torch.bfloat16,
+    host_dtype: str = "auto",
     seed: int = 0,
 ) -> Case:
     """A layer in which every request of `rows` is fully indexed; memory of no one is NaN."""
@@ -110,6 +113,7 @@ def make_case(
     bits, scales = pack_keys(host[..., :head_dim], turn)
     centroids = normal(num_pages * m, heads, head_dim).to(torch.bfloat16)
     spreads = normal(num_pages * m, heads, head_dim).abs().to(torch.bfloat16)
+    form = host_format(host_dtype, block_size, head_dim, dtype.itemsize)
     order = torch.randperm(num_pages, generator=generator).int()
     pages = torch.zeros(len(rows), max_pages, dtype=torch.int32)
     row_pages = torch.zeros(len(rows), -(-max_sentences // m), dtype=torch.int32)
@@ -153,7 +157,7 @@ def make_case(
     )
     pools = LayerPools(
         cache=torch.full((num_blocks, heads, block_size, 2 * head_dim), float("nan"), dtype=dtype),
-        host=host,
+        host=host if form is None else quantize_pages(host, form),
         bits=bits,
         scales=scales,
         centroids=centroids,
@@ -162,6 +166,7 @@ def make_case(
         slot_page=torch.full((num_blocks, heads), -1, dtype=torch.int32),
         slot_stamp=torch.full((num_blocks, heads), -1, dtype=torch.int32),
         spreads=spreads,
+        host_format=form,
     )
     return Case(geometry, pools, batch, normal(len(rows), heads * group, head_dim), turn)
 

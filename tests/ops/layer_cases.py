@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from sentencekv_vllm.host_format import host_format
 from sentencekv_vllm.ops.index_pages import index_pages
 from sentencekv_vllm.ops.index_sentences import index_sentences
 from sentencekv_vllm.ops.layer_ops import DecodeOutputs
@@ -44,6 +45,7 @@ class Case:
     working_set: int = 12  # blocks, more where a budget asks for it
     seed: int = 0
     index_dim: int | None = None  # rotated channels that are kept; None: all
+    host: str = "auto"  # host_kv_dtype
     spread: bool = False  # blocks of the cache lie further apart than they are large
 
 
@@ -88,14 +90,22 @@ def copy_pools(pools: LayerPools) -> LayerPools:
     """Equal pools in other memory, with the strides of `pools`."""
     copies = {}
     for field in fields(LayerPools):
-        tensor = getattr(pools, field.name)
-        copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-        copies[field.name] = copy.copy_(tensor)
+        value = getattr(pools, field.name)
+        if isinstance(value, Tensor):
+            copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+            value = copy.copy_(value)
+        copies[field.name] = value
     return LayerPools(**copies)
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def differing(a: LayerPools, b: LayerPools) -> list[str]:
+    """Names of the fields whose bytes differ."""
+    pairs = ((f.name, getattr(a, f.name), getattr(b, f.name)) for f in fields(LayerPools))
+    return [n for n, x, y in pairs if isinstance(x, Tensor) and not same_bytes(x, y)]
 
 
 def make_pools(case: Case, num_pages: int, num_blocks: int, rows_per_page: int) -> LayerPools:
@@ -107,9 +117,13 @@ def make_pools(case: Case, num_pages: int, num_blocks: int, rows_per_page: int) 
     cache = cache[:, : h * n * 2 * d].unflatten(1, (h, n, 2 * d))
     generator = torch.Generator().manual_seed(case.seed)
     shape = (num_pages, h, (case.index_dim or d) // 8, n)
+    form = host_format(case.host, n, d, case.dtype.itemsize)
+    host = torch.full((num_pages, h, n, 2 * d), nan, dtype=case.dtype)
+    if form is not None:
+        host = torch.full((num_pages, h, form.head_block_bytes), 255, dtype=torch.uint8)
     return LayerPools(
         cache=cache,
-        host=torch.full((num_pages, h, n, 2 * d), nan, dtype=case.dtype),
+        host=host,
         bits=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
         scales=torch.full((num_pages, h, n), nan, dtype=torch.bfloat16),
         centroids=torch.full((num_pages * rows_per_page, h, d), nan, dtype=torch.bfloat16),
@@ -118,6 +132,7 @@ def make_pools(case: Case, num_pages: int, num_blocks: int, rows_per_page: int) 
         slot_page=torch.full((num_blocks, h), -1, dtype=torch.int32),
         slot_stamp=torch.full((num_blocks, h), -1, dtype=torch.int32),
         spreads=torch.full((num_pages * rows_per_page, h, d), nan, dtype=torch.bfloat16),
+        host_format=form,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from sentencekv_vllm.ops.load import load_layer_ops
 from sentencekv_vllm.ops.score_sentences import score_sentences, sentence_rows
 from sentencekv_vllm.types import IndexKind, LayerPools, Reduce
 
-from .layer_cases import UNWRITTEN, Case, Layer, Row, build, copy_pools, same_bytes
+from .layer_cases import UNWRITTEN, Case, Layer, Row, build, copy_pools, differing, same_bytes
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -75,6 +75,11 @@ CASES = {
         for d, n, g in ((128, 16, 4), (128, 32, 1), (80, 48, 7), (128, 64, 8), (64, 128, 4))
     },
     "D256-E128-N64": Case(dim=256, index_dim=128, block=64),
+    **{
+        f"{host}-{dtype}": Case(host=host, dtype=dtype, dim=dim, spread=dim == 96)
+        for host in ("int8", "int4", "fp8")
+        for dtype, dim in ((torch.bfloat16, 128), (torch.float16, 96), (torch.float32, 64))
+    },
 }
 
 
@@ -143,8 +148,7 @@ def assert_step(ops: CpuOps, layer: Layer, mine: LayerPools, query: Tensor, step
     assert torch.equal(got.head_tables, want.head_tables)
     assert torch.equal(got.hits, want.hits) and torch.equal(got.misses, want.misses)
     torch.testing.assert_close(got.coverage, want.coverage, rtol=1e-5, atol=1e-6, equal_nan=True)
-    for field in fields(LayerPools):
-        assert same_bytes(getattr(mine, field.name), getattr(theirs, field.name)), field.name
+    assert differing(mine, theirs) == []
     return True
 
 
@@ -180,8 +184,7 @@ def test_a_layer_attends_to_what_the_layer_before_selected(ops: CpuOps, name: st
             assert torch.equal(getattr(got, tally), getattr(want, tally))
         torch.testing.assert_close(got.coverage, ranked.coverage, equal_nan=True)
         assert torch.equal(second.kept, before)
-        for field in fields(LayerPools):
-            assert same_bytes(getattr(mine, field.name), getattr(second, field.name)), field.name
+        assert differing(mine, second) == []
 
 
 @pytest.mark.parametrize("working_set", [4, 5, 9])

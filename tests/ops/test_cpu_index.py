@@ -41,6 +41,22 @@ SHAPES = [
 ]
 
 
+COARSE = [
+    Case(dim=dim, block=block, dtype=dtype, host=host)
+    for host in ("int8", "int4", "fp8")
+    for dim, block, dtype in (
+        (64, 16, torch.bfloat16),
+        (96, 48, torch.float16),
+        (128, 32, torch.float32),
+    )
+]
+
+
+def name(case: Case) -> str:
+    kept = case.index_dim or case.dim
+    return f"D{case.dim}-E{kept}-N{case.block}-{case.dtype}-{case.host}"
+
+
 @pytest.fixture(scope="module")
 def ops() -> CpuOps:
     cpu = load_layer_ops("cpu")
@@ -62,9 +78,7 @@ def int32(*values: object) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-@pytest.mark.parametrize(
-    "case", SHAPES, ids=lambda c: f"D{c.dim}-E{c.index_dim or c.dim}-N{c.block}-{c.dtype}"
-)
+@pytest.mark.parametrize("case", SHAPES + COARSE, ids=name)
 def test_index_pages(ops: CpuOps, case: Case) -> None:
     pools, key_offset = filled(case)
     mine = copy_pools(pools)
@@ -106,9 +120,7 @@ def test_any_rotation_is_followed(ops: CpuOps) -> None:
 
 
 @pytest.mark.parametrize("kind", [IndexKind.CENTROID, IndexKind.BOUNDS, IndexKind.MEAN_STD])
-@pytest.mark.parametrize(
-    "case", SHAPES, ids=lambda c: f"D{c.dim}-E{c.index_dim or c.dim}-N{c.block}-{c.dtype}"
-)
+@pytest.mark.parametrize("case", SHAPES, ids=name)
 def test_index_sentences(ops: CpuOps, case: Case, kind: IndexKind) -> None:
     pools, key_offset = filled(case)
     mine = copy_pools(pools)

@@ -119,6 +119,7 @@ def test_a_graph_replay_equals_the_eager_step(build, cuda_kernels, workspace, na
 def test_without_the_library_triton_takes_over(build, workspace, monkeypatch) -> None:
     work = workspace(make_case(build), "cpu")
     monkeypatch.setattr(cuda_layer_ops, "library", lambda: None)
-    assert cuda_layer_ops.gpu_layer_ops(work).name == "triton"
+    assert cuda_layer_ops.gpu_layer_ops(work, False).name == "triton"
     monkeypatch.setattr(cuda_layer_ops, "library", lambda: object())
-    assert cuda_layer_ops.gpu_layer_ops(work).name == "cuda"
+    assert cuda_layer_ops.gpu_layer_ops(work, False).name == "cuda"
+    assert cuda_layer_ops.gpu_layer_ops(work, True).name == "triton", "the gather copies bytes"

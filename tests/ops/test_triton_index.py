@@ -63,6 +63,31 @@ def test_pages_are_byte_copies_with_the_bits_of_their_keys(
     assert torch.equal(result.bits[untouched], expected.bits[untouched])
 
 
+@pytest.mark.parametrize("host_dtype", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize(
+    ("head_dim", "block_size", "dtype"),
+    [(64, 16, torch.bfloat16), (96, 48, torch.float16), (128, 32, torch.float32)],
+)
+def test_pages_of_lower_precision_are_those_of_the_reference(
+    build, kernels, head_dim, block_size, dtype, host_dtype
+):
+    from sentencekv_vllm.triton_kernels.index_pages import index_pages
+
+    shape = {"head_dim": head_dim, "block_size": block_size, "dtype": dtype}
+    case = build(build.row(tokens=7 * block_size), host_dtype=host_dtype, **shape)
+    case.pools.cache.copy_(torch.randn(case.pools.cache.shape))
+    case.pools.cache[5, 0, 3:5] = 0
+    case.pools.cache[9, 1, 2] = -3.3
+    case.pools.cache[2, 0] *= 1000
+    blocks = torch.tensor([0, 5, 1, 9, 2], dtype=torch.int32)
+    pages = torch.tensor([6, 0, 3, 8, 4], dtype=torch.int32)
+    expected, actual = case.to("cpu").pools, case.to(kernels)
+    offsets = plain_offsets(head_dim, block_size)
+    index_pages_reference(expected, blocks, pages, offsets, case.rotation)
+    index_pages(actual.pools, blocks.to(kernels), pages.to(kernels), actual.rotation)
+    assert torch.equal(actual.pools.host.cpu(), expected.host)
+
+
 @pytest.mark.parametrize("kind", [IndexKind.CENTROID, IndexKind.BOUNDS, IndexKind.MEAN_STD])
 @pytest.mark.parametrize(("head_dim", "block_size"), SHAPES)
 def test_summaries_are_those_of_keys_across_blocks(build, kernels, head_dim, block_size, kind):

@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from sentencekv_vllm.host_format import GROUP_SIZES, HostDtype, host_format
 from sentencekv_vllm.ops.layer_ops import DecodeOutputs
 from sentencekv_vllm.triton_kernels.layer_ops import TritonOps
 from sentencekv_vllm.triton_kernels.sparse_decode import DecodeScratch, sparse_decode
@@ -120,6 +121,13 @@ def launch_all(
     for kind in (IndexKind.CENTROID, IndexKind.BOUNDS, IndexKind.MEAN_STD):
         ops.index_sentences(pools, ids, ids.expand(2, 5), ids.expand(3, 5), ids, kind)
     ops.decode_layer(geometry, pools, batch, query, rotation, out)
+    for host_dtype in HostDtype if head_dim % GROUP_SIZES[-1] == 0 else ():
+        form = host_format(host_dtype.name.lower(), n, head_dim, dtype.itemsize)
+        assert form is not None
+        stored = torch.empty(pages, h, form.head_block_bytes, dtype=u8)
+        coarse = replace(pools, host=stored, host_format=form)
+        ops.index_pages(coarse, ids, ids, ids, rotation)
+        ops.swap_in(coarse, batch)
     sparse_decode(
         query,
         *pools.cache.split(head_dim, -1),
