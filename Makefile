@@ -34,4 +34,4 @@ demo: install
 
 # make bench BENCH=kernels, or another file of benchmarks/
 bench: install
-	$(BIN)/python -P benchmarks/$(BENCH).py $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/$(BENCH).py $(BENCH_FLAGS)

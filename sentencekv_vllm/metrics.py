@@ -8,6 +8,7 @@ COUNTERS: dict[str, str] = {
     "misses": "Selected head-blocks that were swapped in.",
     "swap_in_bytes": "Bytes copied from the swap pool to the working sets.",
     "swap_out_bytes": "Bytes copied from GPU blocks to the swap pool.",
+    "released_blocks": "GPU blocks that requests gave back, before they drew working sets.",
     "sparse_steps": "Engine steps with at least one sparse row.",
     "offload_ns": "Nanoseconds spent on copy-out and index construction.",
     "score_ns": "Nanoseconds spent scoring sentences.",

@@ -16,9 +16,9 @@ class Metrics:
     def __init__(self, text: str) -> None:
         self._text = text
 
-    def value(self, name: str) -> float:
-        """A metric, added up over its labels; 0 where there is none, as before first use."""
-        return sum(value for _, value in self._samples(name))
+    def value(self, name: str, **labels: str) -> float:
+        """A metric, added up over its samples with these labels; 0 where there is none."""
+        return sum(value for found, value in self._samples(name) if labels.items() <= found.items())
 
     def label(self, name: str, label: str) -> str:
         """A label of a metric's first sample.

@@ -26,6 +26,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 STOP_SECONDS = 15
+# As a module: there may be no console script `vllm` beside this Python, or another one's.
+VLLM_SERVE = (sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve")
 
 
 class ServerError(RuntimeError):
@@ -54,15 +56,14 @@ class Server:
             model: folder or name of the model; it is served as its last part.
             arguments: of `vllm serve`.
             log: file for everything that the server prints.
-            command: in place of `vllm serve` of this Python's environment.
+            command: in place of this Python's `vllm serve`.
         """
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.model = model.name
         self._log = log
-        vllm = str(Path(sys.executable).parent / "vllm")
         self._command = [
-            *(command or (vllm, "serve")),
+            *(command or VLLM_SERVE),
             *(str(model), "--served-model-name", self.model),
             *("--host", "127.0.0.1", "--port", str(self.port)),
             *arguments,
@@ -113,10 +114,20 @@ class Server:
             f"{self.log_tail()}"
         )
 
+    @property
+    def pid(self) -> int:
+        """Of the process that was started, which leads the session of all its children."""
+        assert self._process is not None, "entered before it is asked"
+        return self._process.pid
+
     def metrics(self) -> Metrics:
         """What `/metrics` says now."""
+        return Metrics(self.metrics_text())
+
+    def metrics_text(self) -> str:
+        """The same, as it came."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as reply:
-            return Metrics(reply.read().decode())
+            return str(reply.read().decode())
 
     def log_tail(self, lines: int = 40) -> str:
         """The last lines that the server printed."""

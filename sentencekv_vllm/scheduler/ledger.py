@@ -54,6 +54,7 @@ class Ledger:
         self.segmentation = segmentation
         self.states: dict[str, RequestState] = {}
         self.finished: Counter[Reason] = Counter()
+        self.blocks_released = 0
         self._slots = PagePool(limits.num_slots)
         self._slot_owner: dict[int, RequestState] = {}
         self._dropped: list[int] = []
@@ -312,7 +313,7 @@ class Ledger:
             state.reason = Reason.NO_GAIN
             return None
         memory.sparse, memory.history_lo, memory.history_hi = True, lo, hi
-        state.blocks_released += exclusive
+        self._note_released(state, exclusive)
         self._note_exactness(state, processed)
         return lo, hi
 
@@ -321,8 +322,12 @@ class Ledger:
         first, memory.history_hi = memory.history_hi, self._history_end(state, processed)
         assert memory.history_hi >= first, "history never shrinks"
         self._note_exactness(state, processed)
-        state.blocks_released += memory.history_hi - first
+        self._note_released(state, memory.history_hi - first)
         return (first, memory.history_hi) if memory.history_hi > first else None
+
+    def _note_released(self, state: RequestState, blocks: int) -> None:
+        state.blocks_released += blocks
+        self.blocks_released += blocks
 
     def _note_exactness(self, state: RequestState, processed: int) -> None:
         memory, options = state.memory, state.options
