@@ -32,7 +32,7 @@ from .runner import run
 from .table import summarise
 from .variant import Variant, make_variants
 
-__all__ = ["MODEL", "main"]
+__all__ = ["MODEL", "main", "questions", "write_summary"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,16 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     variants = make_variants(options.policies, options.budgets, options.ablation, server)
     try:
         results = Results(options.out / "results.jsonl", engine_setup.identity(options))
-        problems = _problems(options)
+        problems = questions(options)
         _fill(options, results, problems, variants)
     except (ResultsError, BenchmarkFileError, ServerRefusal, ProcessError) as error:
         print(error, file=sys.stderr)
         return 2
-    _write(options, results, problems, variants)
+    write_summary(options, results, problems, variants)
     return 0
 
 
-def _problems(options: argparse.Namespace) -> list[Problem]:
+def questions(options: argparse.Namespace) -> list[Problem]:
     """All questions, a seed of each cell after the other, with nothing made yet."""
     by_cell = [load_problems(spec, options.items) for spec in options.data]
     tasks = [] if NO_TASKS in options.tasks else options.tasks
@@ -96,7 +96,7 @@ def _share(
     send: Send,
 ) -> None:
     """What one of several processes answers: whole seeds, since styles share their text."""
-    problems = [p for p in _problems(options) if p.seed % options.processes == number]
+    problems = [p for p in questions(options) if p.seed % options.processes == number]
     engine = engine_setup.start(options, variants)
     _answer(options, variants, known, deadline, engine, problems, send)
 
@@ -124,7 +124,7 @@ def _answer(
     )
 
 
-def _write(
+def write_summary(
     options: argparse.Namespace,
     results: Results,
     problems: Sequence[Problem],

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..presets import PACKAGE
+from . import run_presets
 from .benchmark_files import FORMATS
 from .items import STYLES
 from .recall_tasks import ALL_TASKS
+from .run_presets import PRESETS
 from .variant import ALL, DENSE, parse_policies
 
 MODEL = PACKAGE / "assets" / "tiny-recall"
@@ -58,6 +61,7 @@ def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespa
     """Check the arguments; exits with a message where they contradict each other."""
     parser = argparse.ArgumentParser(prog="sentencekv eval", description=description)
     add = parser.add_argument
+    add("--preset", choices=PRESETS, help="options of evaluation.run_presets; others win")
     every = ",".join(ALL_TASKS)
     add("--tasks", type=_names([*ALL_TASKS, NO_TASKS]), default=every, help="or none")
     add("--styles", type=_names(STYLES), default=",".join(STYLES))
@@ -100,7 +104,9 @@ def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespa
         metavar="NAME=VALUE",
         help="a setting of the backend; shown behind the names of the policies",
     )
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    preset = parser.parse_args(given).preset
+    options = parser.parse_args([*(run_presets.arguments(preset) if preset else ()), *given])
     if options.server and options.kl:
         parser.error("--kl needs an engine in this process: leave out --server")
     if options.kl and DENSE not in options.policies:
