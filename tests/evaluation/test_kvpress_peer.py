@@ -26,11 +26,13 @@ def test_every_press_keeps_what_the_budget_says_and_the_whole_cache_answers(peer
     assert item.metric(replies[DENSE, None].text, item.references) == 1
     for (name, budget), reply in replies.items():
         if budget:
-            assert reply.kept_tokens == pytest.approx(budget, abs=1), name
+            # Whole chunks, one of which is cut by the prompt's end.
+            spare = 16 if name == "ChunkKV" else 1
+            assert reply.kept_tokens == pytest.approx(budget, abs=spare), name
 
 
-def test_a_budget_that_keeps_everything_answers_as_the_whole_cache_does(peer):
+def test_a_press_that_drops_one_token_of_filler_answers_as_the_whole_cache_does(peer):
     item = make_item(Cell("niah_single", "restated", 400), 1, peer.count_tokens)
     length = peer.count_tokens(item.prompt) + 1
-    replies = peer.answer(item, [length - 1], ["SnapKV"])
-    assert replies["SnapKV", length - 1].text == replies[DENSE, None].text
+    replies = peer.answer(item, [length - 1], ["StreamingLLM"])
+    assert replies["StreamingLLM", length - 1].text == replies[DENSE, None].text
