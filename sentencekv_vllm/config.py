@@ -94,6 +94,10 @@ class SentenceKVConfig:
     layer_share: int = _option(1, low=1)
     """Consecutive layers that share a selection: the first of them ranks."""
 
+    observation_window: int | None = _option(None, low=0)
+    """Last prompt tokens whose queries are kept until they have voted; 32 lets requests ask for
+    `snapkv`, `windowkv` and `sentencekv-pool`; None: what the server's own policy needs."""
+
     index: str | None = _option(None, choices=tuple(INDEX_NAMES))
     """With `grouping`, `query`, `head_reduce`, `retention` and `score_channels`: in place of the
     policy's own; None keeps it."""
@@ -153,6 +157,14 @@ class SentenceKVConfig:
             raise ConfigError(
                 f"index {index.name.lower()!r} keeps {index.vectors} vectors a row, index_vectors "
                 f"is {self.index_vectors}: set it to {index.vectors}"
+            )
+
+        votes = POLICIES[self.policy].votes
+        window = self.observation_window
+        if votes is not None and window is not None and window < votes.window:
+            raise ConfigError(
+                f"policy {self.policy!r} votes with the last {votes.window} prompt tokens, "
+                f"observation_window is {window}: set it to {votes.window}"
             )
 
     @property

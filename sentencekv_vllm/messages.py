@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from .types import Votes
+
 Int32s = npt.NDArray[np.int32]
 
 
@@ -28,6 +30,24 @@ class DecodeOptions:
     seed: int
     byte_rows: int  # rows of the token index that a step reads, each of 8 channels
     block_groups: bool = False  # a group is a KV block, not a sentence
+    votes: Votes | None = None  # what is kept of the history is settled at the end of the prefill
+
+    @property
+    def compacts(self) -> bool:
+        """The budget's blocks are filled once; nothing is ranked or swapped in any more."""
+        return self.votes is not None and self.votes.compact
+
+
+@dataclass(frozen=True)
+class VotedPrompt:
+    """A prompt whose votes are to be counted now, while all its blocks are on the device."""
+
+    votes: Votes
+    block_ids: list[int]  # of the prompt, the last one perhaps partly filled
+    num_tokens: int  # of the prompt
+    history_lo: int  # blocks
+    history_hi: int
+    budget_blocks: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +61,7 @@ class RequestUpdate:
     row_pages: list[int]  # pages whose sentence rows the request may use from now on
     sentence_ends: Int32s  # ends of newly sealed sentences, exclusive
     private_blocks: list[int] | None  # the working set, when it has been drawn
+    voted: VotedPrompt | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +78,18 @@ class SparseRows:
 
 
 @dataclass(frozen=True)
+class ObservedRows:
+    """Prefill rows of a step that compute voting tokens, column by column."""
+
+    slots: Int32s  # [n]
+    tail_blocks: Int32s  # [n] block that the row's last token is written to
+    offsets: Int32s  # [n] tokens from the first voting one to the row's last
+    counts: Int32s  # [n] voting tokens in the row
+    places: Int32s  # [n] place of the first one in the window
+    request_ids: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class StepMessage:
     """Scheduler to worker."""
 
@@ -65,6 +98,7 @@ class StepMessage:
     updates: list[RequestUpdate] = field(default_factory=list)
     sparse: SparseRows | None = None
     frees: bool = False  # blocks that were copied out now or earlier may be written from now on
+    observed: ObservedRows | None = None
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class RequestOptions:
         policy = _policy(given[POLICY], resolved) if POLICY in given else resolved.policy
         policy = _ranking(policy, {k: v for k, v in given.items() if k in RANKING})
         _check_index(policy, resolved)
+        _check_window(policy, resolved)
         budget = _budget(given[BUDGET]) if BUDGET in given else resolved.config.token_budget
         if policy.selects:
             _check_fit(budget, resolved)
@@ -115,6 +116,16 @@ def _check_index(policy: SelectionPolicy, resolved: ResolvedConfig) -> None:
             f"policy {policy.name!r} with index {index.name.lower()!r} keeps {index.vectors} "
             f"vectors a row, this server has room for {resolved.index_vectors}: start it with "
             f"index_vectors of {index.vectors}"
+        )
+
+
+def _check_window(policy: SelectionPolicy, resolved: ResolvedConfig) -> None:
+    votes = policy.votes
+    if votes is not None and votes.window > resolved.observation_window:
+        raise RequestOptionsError(
+            f"policy {policy.name!r} votes with the last {votes.window} prompt tokens, this server "
+            f"keeps the queries of {resolved.observation_window}: start it with "
+            f"observation_window of {votes.window}"
         )
 
 

@@ -28,6 +28,7 @@ class ResolvedConfig:
     rows_per_page: int  # sentence rows that come with a page
     index_vectors: int  # that a row has room for
     index_dim: int  # rotated channels whose sign is kept
+    observation_window: int  # last prompt tokens whose queries are kept
     sink_blocks: int
     recent_blocks: int  # full blocks that the recent window may touch
     working_set_blocks: int  # R: private blocks of a sparse request
@@ -120,6 +121,7 @@ def resolve(
         rows_per_page=rows_per_page,
         index_vectors=vectors,
         index_dim=index_dim,
+        observation_window=_observation_window(config, policy),
         sink_blocks=blocks(config.num_sink_tokens, block_size),
         recent_blocks=blocks(config.recent_window, block_size),
         working_set_blocks=-(-5 * history // 4) if wanted is None else blocks(wanted, block_size),
@@ -150,6 +152,11 @@ def _host_format(name: str, block_size: int, head_dim: int, dtype_size: int) -> 
         return host_format(name, block_size, head_dim, dtype_size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _observation_window(config: SentenceKVConfig, policy: SelectionPolicy) -> int:
+    needed = 0 if policy.votes is None else policy.votes.window
+    return needed if config.observation_window is None else config.observation_window
 
 
 def _history_blocks(config: SentenceKVConfig, token_budget: int, block_size: int) -> int:

@@ -43,6 +43,24 @@ class QueryKind(IntEnum):
 
 
 @dataclass(frozen=True)
+class Votes:
+    """How the last queries of the prompt decide, once, what is kept of the history.
+
+    Every token of the prompt gets the attention that the last `window` tokens pay to it, pooled
+    over its neighbours (SnapKV, arXiv 2404.14469). What follows differs by method.
+    """
+
+    window: int = 32  # tokens whose queries vote; they stay attended
+    kernel: int = 5  # tokens that a score is pooled over, odd
+    max_pool: bool = False  # the largest of them, not their mean
+    unit: int = 1  # neighbouring tokens that are kept or dropped together
+    layer_group: int = 1  # consecutive layers that share the choice of the first
+    compact: bool = True  # what is kept moves to the working set's blocks, the rest is dropped;
+    # False: everything stays where it is, only the summaries are of what is kept
+    factor: float = 1.0  # tokens kept, in budgets
+
+
+@dataclass(frozen=True)
 class Geometry:
     """Shapes of one worker's share of the model and of a page."""
 

@@ -60,6 +60,7 @@ def test_nothing_typed_means_the_defaults():
         ),
         ({"grouping": "block"}, ["grouping", "did you mean 'blocks'?"]),
         ({"index_vectors": 3}, ["index_vectors", "at most 2", "got 3"]),
+        ({"observation_window": 8, "policy": "snapkv"}, ["'snapkv'", "last 32", "set it to 32"]),
         ({"index_vectors": 1, "policy": "quest"}, ["'bounds'", "2 vectors", "set it to 2"]),
         ({"policy": "full", "retention": 1.0}, ["'full'", "retention", "remove it"]),
         (

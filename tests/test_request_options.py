@@ -43,7 +43,7 @@ def test_a_request_can_be_switched_off():
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_every_policy_can_be_asked_for(name):
-    resolved = server(index_vectors=2)
+    resolved = server(index_vectors=2, observation_window=32)
     options = RequestOptions.parse({"sentencekv_policy": name}, resolved)
     assert options.policy == POLICIES[name]
     expected = {"full": resolved.working_set_blocks, "streaming": 0}
@@ -89,6 +89,7 @@ def test_a_share_of_the_channels_is_counted_in_bytes(share, rows):
         ({"sentencekv_token_budget": "-1"}, ["whole number", "'-1'"]),
         ({"sentencekv_token_budget": 191}, ["191", "smallest budget is 192"]),
         ({"sentencekv_policy": "quest"}, ["'quest'", "2 vectors", "index_vectors of 2"]),
+        ({"sentencekv_policy": "snapkv"}, ["'snapkv'", "32 prompt tokens", "observation_window"]),
         ({"sentencekv_index": "mean_std"}, ["'mean_std'", "index_vectors of 2"]),
         ({"sentencekv_grouping": "page"}, ["sentencekv_grouping", "sentences, blocks"]),
         ({"sentencekv_query": "last"}, ["sentencekv_query", "running_mean, previous"]),

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.score_sentences import BARRED_PRODUCT as BARRED
 from ..ops.score_sentences import STD_FACTOR
 from ..types import Geometry, IndexKind, LayerPools, SparseBatch
 from .locate_sentences import overlaps, sentence_row, sentence_span
@@ -15,6 +16,7 @@ CENTROID = tl.constexpr(int(IndexKind.CENTROID))
 BOUNDS = tl.constexpr(int(IndexKind.BOUNDS))
 MEAN_STD = tl.constexpr(int(IndexKind.MEAN_STD))
 FACTOR = tl.constexpr(STD_FACTOR)
+BARRED_PRODUCT = tl.constexpr(BARRED)
 TILE = 64  # sentences a program scores
 
 
@@ -76,6 +78,7 @@ def _score_summaries(
         dots = tl.dot(centroid, q, dots, input_precision=PRECISION)
     if VECTORS == 2:
         dots += tl.where(kind == MEAN_STD, FACTOR * tl.sqrt(tl.maximum(extra, 0.0)), extra)
+    dots = tl.where(dots == dots, dots, BARRED_PRODUCT)
     tl.store(
         best + (head * G + g)[None, :] * max_sentences + i[:, None],
         to_ordered(scale * dots),

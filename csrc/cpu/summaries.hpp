@@ -15,6 +15,7 @@
 namespace sentencekv::cpu {
 
 constexpr int64_t kPrefetchRows = 8;
+constexpr float kBarred = -1e30f;  // instead of NaN, the product with a barred sentence
 
 template <int Heads>
 inline void score_row(const uint16_t* row, const float* query, int64_t dim, float* best,
@@ -28,7 +29,7 @@ inline void score_row(const uint16_t* row, const float* query, int64_t dim, floa
   for (int g = 0; g < Heads; ++g) {
     float sum = lane_sum(sums[g]);
     for (int64_t k = d; k < dim; ++k) sum += Bfloat16{row[k]} * query[g * dim + k];
-    best[g * stride] = sum;
+    best[g * stride] = sum == sum ? sum : kBarred;
   }
 }
 

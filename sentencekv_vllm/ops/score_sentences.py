@@ -14,6 +14,7 @@ from .pack_keys import unpack_signs
 from .quantize_query import quantize_query
 
 STD_FACTOR = 2.0  # standard deviations that MEAN_STD adds
+BARRED_PRODUCT = -1e30  # with the summary of a sentence that votes have barred, which is NaN
 
 
 def random_score(seed: int, step: int, head: int, sentence: int) -> float:
@@ -35,7 +36,7 @@ def _products(pools: LayerPools, rows: Tensor, query: Tensor, kind: int) -> Tens
     """Queries [H, G, D] against the summaries of sentences: [H, G, len(rows)]."""
     centroids = pools.centroids[rows].float().permute(1, 2, 0)  # [H, D, rows]
     if kind == IndexKind.CENTROID:
-        return query @ centroids
+        return (query @ centroids).nan_to_num(nan=BARRED_PRODUCT)
     assert pools.spreads is not None, "index_vectors is 2"
     spreads = pools.spreads[rows].float().permute(1, 2, 0)
     if kind == IndexKind.BOUNDS:  # a negative channel is largest at the minimum
@@ -55,7 +56,8 @@ def score_sentences(
     Logits of query head g (times the softmax scale):
       TOKEN_BITS: the largest estimate `step_g * scale_t * <levels_g, signs_t>` over the
         sentence's tokens *inside the history*, over the channels that `choose_channels` keeps;
-      CENTROID: `<query_g, centroid>`, the centroid being that of the whole sentence;
+      CENTROID: `<query_g, centroid>`, the centroid being that of the whole sentence. Sentences
+        whose centroid is NaN come last;
       BOUNDS: `sum_d max(q_d * min_d, q_d * max_d)`, no smaller than any of its tokens' logits;
       MEAN_STD: `<q, mean> + 2 sqrt(<q^2, variance>)`.
     Reduction over the group:

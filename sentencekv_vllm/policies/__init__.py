@@ -8,12 +8,18 @@ from .quest import QUEST
 from .random import RANDOM
 from .sentence_kv import SENTENCE_KV
 from .sentence_kv_paper import SENTENCE_KV_PAPER
+from .sentence_kv_pool import SENTENCE_KV_POOL
+from .snap_kv import SNAP_KV
 from .streaming import STREAMING
 from .think import THINK
+from .window_kv import WINDOW_KV
 
 POLICIES: dict[str, SelectionPolicy] = {
     "sentencekv": SENTENCE_KV,
     "sentencekv-paper": SENTENCE_KV_PAPER,
+    "sentencekv-pool": SENTENCE_KV_POOL,
+    "snapkv": SNAP_KV,
+    "windowkv": WINDOW_KV,
     "quest": QUEST,
     "mean-std": MEAN_STD,
     "think": THINK,

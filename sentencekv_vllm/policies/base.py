@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..types import IndexKind, QueryKind, Reduce
+from ..types import IndexKind, QueryKind, Reduce, Votes
 
 Grouping = Literal["sentences", "blocks"]
 
@@ -20,6 +20,7 @@ class SelectionPolicy:
         index: what a group is scored by; None where nothing is ranked.
         grouping: a group is a `sentences` entry of the segmenter, or one of the KV `blocks`,
             for which no segmenter runs. What is said of sentences elsewhere holds for both.
+        votes: the end of the prefill settles what is kept; None: everything can be recalled.
         query: of the token being decoded, the mean over the group being written, or of the
             decode step before.
         reduce: how a GQA group's scores become one per KV head.
@@ -40,3 +41,4 @@ class SelectionPolicy:
     selects: bool = True
     keeps_all: bool = False
     grouping: Grouping = "sentences"
+    votes: Votes | None = None

@@ -15,10 +15,10 @@ from typing import Protocol
 
 import numpy as np
 
-from ..messages import Int32s, StepMessage, StepReport
+from ..messages import Int32s, StepMessage, StepReport, VotedPrompt
 from ..types import QueryKind
 from .limits import Limits
-from .outbox import has_news, sparse_rows, take_update
+from .outbox import has_news, observed_rows, sparse_rows, take_update
 from .page_pool import PagePool
 from .reasons import Reason
 from .request_state import Memory, RequestState, Unsent
@@ -111,14 +111,17 @@ class Ledger:
         state = self.states.get(request_id)
         if state is None or state.options is None or state.request.is_finished():
             return None
-        if max(state.request.num_prompt_tokens, processed) < self.limits.min_context_tokens:
+        # Only a prompt's tokens vote, so a short one does not turn sparse by growing.
+        grown = processed if state.votes is None else 0
+        if max(state.request.num_prompt_tokens, grown) < self.limits.min_context_tokens:
             return None
         if not self._segmented(state, processed):
             state.reason = Reason.SEGMENTING
             return None
         if state.reason in (Reason.SHORT_CONTEXT, Reason.SEGMENTING):
             state.reason = Reason.COPYING
-        self._copy_out(state, processed, blocks)
+        if not state.compacts:
+            self._copy_out(state, processed, blocks)
         if state.memory.sparse:
             freed = self._extend(state, processed)
         else:
@@ -145,6 +148,13 @@ class Ledger:
             return num_tokens
         return min(num_tokens, state.memory.exact_tokens)
 
+    def reusable_tokens(self, request_id: str, num_tokens: int) -> int:
+        """How many of `num_tokens` cached ones may be taken: voting tokens are computed."""
+        state = self.states.get(request_id)
+        if state is None or state.votes is None:
+            return num_tokens
+        return min(num_tokens, state.voting_from)
+
     def must_wait(self, request_id: str) -> bool:
         """At admission, with `on_pool_full: wait`: the host pages are not there yet."""
         needed = self._pages_at_admission(request_id)
@@ -161,15 +171,20 @@ class Ledger:
     # Messages ---------------------------------------------------------------------------
 
     def take_message(
-        self, scheduled: Mapping[str, int], block_id: Callable[[str, int], int]
+        self,
+        scheduled: Mapping[str, int],
+        block_id: Callable[[str, int], int],
+        num_scheduled: Mapping[str, int] | None = None,
     ) -> StepMessage:
         """Everything decided since the last message.
 
         Args:
             scheduled: computed tokens of each request of this step, before the step.
             block_id: id of a request's j-th block.
+            num_scheduled: tokens of each that the step computes; without it nobody votes.
         """
         self._step += 1
+        watched = self._observe(scheduled, num_scheduled or {})
         dropped, self._dropped = self._dropped, []
         frees, self._frees = self._frees, False
         updates = [take_update(s) for s in self._slot_owner.values() if has_news(s)]
@@ -183,7 +198,8 @@ class Ledger:
             state.sparse_steps += 1
             state.memory.decoded_sparse = True
         sparse = sparse_rows(rows, restarts, block_id, self.limits.block_size) if rows else None
-        return StepMessage(self._step, dropped, updates, sparse, frees)
+        observed = observed_rows(watched, block_id, self.limits.block_size) if watched else None
+        return StepMessage(self._step, dropped, updates, sparse, frees, observed)
 
     def report(self, report: StepReport) -> None:
         """Book what the workers found in a step."""
@@ -208,6 +224,24 @@ class Ledger:
         }
 
     # Internals --------------------------------------------------------------------------
+
+    def _observe(
+        self, scheduled: Mapping[str, int], num_scheduled: Mapping[str, int]
+    ) -> list[tuple[RequestState, int, int]]:
+        """Requests of a step that compute voting tokens, with the range of their tokens."""
+        watched = []
+        for request_id, count in num_scheduled.items():
+            state = self.states.get(request_id)
+            if state is None or state.votes is None:
+                continue
+            prompt, start = state.request.num_prompt_tokens, scheduled[request_id]
+            first, last = max(start, state.voting_from), min(start + count, prompt)
+            if first >= last or prompt < self.limits.min_context_tokens:
+                continue
+            if state.memory.slot >= 0 or self._track(state):
+                state.memory.observed += last - first
+                watched.append((state, start, start + count))
+        return watched
 
     def _segmented(self, state: RequestState, processed: int) -> bool:
         if state.block_groups:
@@ -279,6 +313,11 @@ class Ledger:
     def _history_end(self, state: RequestState, processed: int) -> int:
         """First block after the history: full, copied, indexed, outside the recent window."""
         n, memory = self.limits.block_size, state.memory
+        if state.compacts:  # what follows the prompt is never dropped
+            window = state.request.num_prompt_tokens - state.voting_from
+            recent = max(self.limits.recent_tokens, window)
+            end = (state.request.num_prompt_tokens - recent) // n
+            return max(end, self.limits.sink_blocks)
         indexed = state.sentences_within(len(memory.pages) * n)
         last_end = int(state.ends[indexed - 1]) if indexed else 0
         end = min((processed - self.limits.recent_tokens) // n, last_end // n)
@@ -288,6 +327,8 @@ class Ledger:
 
     def _working_set(self, state: RequestState) -> int:
         assert state.options is not None
+        if state.compacts:
+            return state.options.budget_blocks
         return self.limits.working_set_blocks if state.options.budget_blocks else 0
 
     def _turn_sparse(
@@ -306,13 +347,20 @@ class Ledger:
                 copied = len(memory.pages) == processed // self.limits.block_size
                 state.reason = Reason.BUDGET_COVERS if copied else Reason.COPYING
             return None
-        if hi == lo or memory.slot < 0:
+        unheard = request.num_prompt_tokens - state.voting_from - memory.observed
+        if hi == lo or memory.slot < 0 or unheard:
             return None
         exclusive = sum(block.ref_cnt == 1 for block in blocks[lo:hi])
         if exclusive + num_free_blocks - 1 < working_set:
             state.reason = Reason.NO_GAIN
             return None
         memory.sparse, memory.history_lo, memory.history_hi = True, lo, hi
+        if state.votes is not None:
+            prompt = request.num_prompt_tokens
+            prompt_blocks = [b.block_id for b in blocks[: -(-prompt // self.limits.block_size)]]
+            state.unsent.voted = VotedPrompt(
+                state.votes, prompt_blocks, prompt, lo, hi, options.budget_blocks
+            )
         self._note_released(state, exclusive)
         self._note_exactness(state, processed)
         return lo, hi
@@ -340,6 +388,8 @@ class Ledger:
     def _pages_at_admission(self, request_id: str) -> int:
         state = self.states.get(request_id)
         if not self.limits.wait_for_pages or state is None or state.options is None:
+            return 0
+        if state.compacts:
             return 0
         prompt = state.request.num_prompt_tokens
         if prompt < self.limits.min_context_tokens or state.memory.reserved or state.memory.pages:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from ..messages import Int32s, RequestUpdate, SparseRows
+from ..messages import Int32s, ObservedRows, RequestUpdate, SparseRows
 from .request_state import RequestState, Unsent
 
 
 def has_news(state: RequestState) -> bool:
     """The workers have to be told something about the request."""
-    return bool(state.unsent.block_ids) or state.unsent.private
+    unsent = state.unsent
+    return bool(unsent.block_ids) or unsent.private or unsent.voted is not None
 
 
 def take_update(state: RequestState) -> RequestUpdate:
@@ -27,6 +28,7 @@ def take_update(state: RequestState) -> RequestUpdate:
         row_pages=memory.row_pages[unsent.row_pages :],
         sentence_ends=state.ends[unsent.sentences :],
         private_blocks=memory.private if unsent.private else None,
+        voted=unsent.voted,
     )
     state.unsent = Unsent(
         options=False,
@@ -63,4 +65,34 @@ def sparse_rows(
         seq_lens=column(c + 1 for _, c in rows),
         restarts=np.asarray(restarts, np.bool_),
         request_ids=[s.request_id for s, _ in rows],
+    )
+
+
+def observed_rows(
+    rows: Sequence[tuple[RequestState, int, int]],
+    block_id: Callable[[str, int], int],
+    block_size: int,
+) -> ObservedRows:
+    """Columns of the rows that compute voting tokens in a step.
+
+    Args:
+        rows: requests with the range of tokens that the step computes, past the first voting one.
+        block_id, block_size: as in `sparse_rows`.
+    """
+
+    def column(values: Iterable[int]) -> Int32s:
+        return np.fromiter(values, np.int32, len(rows))
+
+    spans = [
+        (max(start, s.voting_from), min(end, s.request.num_prompt_tokens)) for s, start, end in rows
+    ]
+    return ObservedRows(
+        slots=column(s.memory.slot for s, _, _ in rows),
+        tail_blocks=column(block_id(s.request_id, (e - 1) // block_size) for s, _, e in rows),
+        offsets=column(e - 1 - first for (first, _), (_, _, e) in zip(spans, rows, strict=True)),
+        counts=column(last - first for first, last in spans),
+        places=column(
+            first - s.voting_from for (first, _), (s, _, _) in zip(spans, rows, strict=True)
+        ),
+        request_ids=[s.request_id for s, _, _ in rows],
     )

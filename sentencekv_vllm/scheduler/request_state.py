@@ -9,7 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ..messages import DecodeOptions, Int32s
+from ..messages import DecodeOptions, Int32s, VotedPrompt
+from ..types import Votes
 from .reasons import Reason
 
 
@@ -42,6 +43,7 @@ class Memory:
     history_hi: int = 0
     exact_tokens: int | None = None  # tokens whose KV is exact, once some are not
     decoded_sparse: bool = False  # at least one step
+    observed: int = 0  # voting tokens whose queries the workers have
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Unsent:
     row_pages: int = 0
     sentences: int = 0
     private: bool = False
+    voted: VotedPrompt | None = None
 
 
 @dataclass
@@ -80,6 +83,20 @@ class RequestState:
     @property
     def block_groups(self) -> bool:
         return self.options is not None and self.options.block_groups
+
+    @property
+    def votes(self) -> Votes | None:
+        return None if self.options is None else self.options.votes
+
+    @property
+    def compacts(self) -> bool:
+        return self.options is not None and self.options.compacts
+
+    @property
+    def voting_from(self) -> int:
+        """First of the prompt's tokens whose queries vote; the end of the prompt if none do."""
+        window = 0 if self.votes is None else self.votes.window
+        return max(0, self.request.num_prompt_tokens - window)
 
     @property
     def sealed_tokens(self) -> int:

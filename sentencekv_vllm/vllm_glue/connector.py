@@ -91,7 +91,7 @@ class SentenceKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         message = self.scheduler.message(scheduler_output)
-        if message.sparse is not None:
+        if message.sparse is not None or message.observed is not None:
             # The V2 runner then calls `start_load_kv` before the forward and names the rows.
             scheduler_output.has_sync_kv_loads = True
         return SentenceKVConnectorMetadata(message)

@@ -17,10 +17,11 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from ..ops.token_layout import TokenLayout
 from ..worker.plan import StepPlan
 from ..worker.runtime import Runtime
 from .impl import SplitImpl
-from .key_layout import cpu_key_offset
+from .key_layout import cpu_token_layout
 from .metadata import SparseCall, SplitBuilder
 
 BASE = CPUAttentionBackend
@@ -91,7 +92,7 @@ def prepare(runtime: Runtime) -> None:
     """Nothing to compile."""
 
 
-def key_offset(cache: Tensor, layer: Any) -> Tensor:
-    """Where the keys lie in a head-block of `cache` [B, H, N, 2D]; see `ops.read_keys`."""
+def token_layout(cache: Tensor, layer: Any) -> TokenLayout:
+    """Where the tokens lie in a head-block of `cache` [B, H, N, 2D]."""
     _, _, block_size, content = cache.shape
-    return cpu_key_offset(block_size, content // 2, cache.dtype, layer.isa)
+    return cpu_token_layout(block_size, content // 2, cache.dtype, layer.isa)

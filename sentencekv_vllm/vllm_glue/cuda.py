@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from ..ops.token_layout import TokenLayout
 from ..triton_kernels.sparse_decode import DecodeScratch, sparse_decode
 from ..worker.plan import StepPlan
 from ..worker.runtime import Runtime
@@ -133,9 +134,7 @@ def prepare(runtime: Runtime) -> None:
     warm_up(runtime, attend)
 
 
-def key_offset(cache: Tensor, layer: Any) -> Tensor:
-    """Where the keys lie in a head-block of `cache` [B, H, N, 2D]: in rows of K and V."""
+def token_layout(cache: Tensor, layer: Any) -> TokenLayout:
+    """Where the tokens lie in a head-block of `cache` [B, H, N, 2D]: in rows of K and V."""
     _, _, block_size, content = cache.shape
-    token = torch.arange(block_size, device=cache.device)[:, None] * content
-    channel = torch.arange(content // 2, device=cache.device)
-    return (token + channel).flatten().to(torch.int32)
+    return TokenLayout.rows(block_size, content // 2, cache.device)

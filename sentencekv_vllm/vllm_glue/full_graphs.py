@@ -88,7 +88,7 @@ def gather_batch_req_state(
     if runtime is None:
         return state, uniform_tokens
     runtime.apply(scheduler_output.kv_connector_metadata.message)
-    return state, None if runtime.has_sparse_rows else uniform_tokens
+    return state, None if runtime.acts_in_layers else uniform_tokens
 
 
 def dispatch(
@@ -103,7 +103,7 @@ def dispatch(
 ) -> Any:
     """The V1 runner performs the message before it comes here."""
     runtime = current_runtime()
-    if runtime is not None and runtime.has_sparse_rows:
+    if runtime is not None and runtime.acts_in_layers:
         invalid_modes = {*(invalid_modes or ()), CUDAGraphMode.FULL}
     return original(
         dispatcher, num_tokens, uniform_decode, has_lora, num_active_loras, valid_modes,

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .metadata import SentenceKVMetadata, SparseCall
+from ..worker.observations import Observed
+from .metadata import SentenceKVMetadata, SparseCall, current_runtime
 
 
 class SplitImpl:
@@ -73,6 +74,8 @@ class SplitImpl:
         split = attn_metadata.split
         if split.dense is not None:
             super().forward(layer, *tensors, split.dense, output)  # type: ignore[misc]
+        if split.observed is not None:
+            self._observe(layer.layer_name, query, split.observed)
         if split.sparse is not None:
             self._sparse_rows(layer.layer_name, query, kv_cache, split.sparse, output)
         return output
@@ -86,6 +89,13 @@ class SplitImpl:
         tables = runtime.rank(plan, runtime.layer_index[layer_name], query)
         self.attend(query, kv_cache, tables, call)
         output.view(rows).index_copy_(0, plan.tokens, call.output)
+
+    def _observe(self, layer_name: str, query: Tensor, observed: Observed) -> None:
+        runtime = current_runtime()
+        assert runtime is not None, "a step without a connector has no voting tokens"
+        geometry = runtime.geometry
+        rows = query.view(-1, geometry.num_query_heads, geometry.head_dim)
+        runtime.observations.put(runtime.layer_index[layer_name], rows, observed)
 
     @abstractmethod
     def attend(self, query: Tensor, kv_cache: Tensor, tables: Tensor, call: Any) -> None:

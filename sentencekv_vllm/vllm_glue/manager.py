@@ -3,14 +3,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from ..scheduler.ledger import Ledger
+
+
+def reuse_up_to(kv_cache_manager: Any, limit: Callable[[str, int], int]) -> None:
+    """Let a request take no more cached tokens than `limit(request_id, found)`.
+
+    vLLM has no hook for it: hits are looked up by hash, before any manager sees the request.
+    """
+    look_up = kv_cache_manager.get_computed_blocks
+
+    def limited(request: Request) -> tuple[KVCacheBlocks, int, int]:
+        found, num_tokens, boundary = look_up(request)
+        allowed = limit(request.request_id, num_tokens)
+        if allowed >= num_tokens:
+            return found, num_tokens, boundary
+        block_size = kv_cache_manager.coordinator.single_type_managers[0].block_size
+        blocks = allowed // block_size
+        fewer = kv_cache_manager.create_kv_cache_blocks(tuple(g[:blocks] for g in found.blocks))
+        return fewer, blocks * block_size, boundary
+
+    kv_cache_manager.get_computed_blocks = limited
 
 
 class SentenceKVManager(FullAttentionManager):

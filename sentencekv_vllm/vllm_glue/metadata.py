@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
+from ..worker.observations import Observed
 from ..worker.plan import StepPlan
 from ..worker.runtime import Runtime
 
@@ -32,6 +33,7 @@ class Split:
 
     dense: Any | None  # the platform's own metadata; None: every row is sparse
     sparse: SparseCall | None
+    observed: Observed | None = None
 
 
 def current_runtime() -> Runtime | None:
@@ -40,8 +42,8 @@ def current_runtime() -> Runtime | None:
 
 
 class SentenceKVMetadata:
-    """A step with sparse rows, split in the first layer: only then has the V2 runner named the
-    requests of the batch."""
+    """A step with sparse rows or voting tokens, split in the first layer: only then has the V2
+    runner named the requests of the batch."""
 
     def __init__(
         self,
@@ -63,7 +65,7 @@ class SentenceKVMetadata:
 class SplitBuilder:
     """Put before a stock metadata builder: that one for dense rows, a plan for sparse ones.
 
-    A step without sparse rows gets the stock metadata, built when the stock builder would
+    Any other step gets the stock metadata, built when the stock builder would
     build it, since a full graph replays on its persistent buffers.
     """
 
@@ -83,7 +85,7 @@ class SplitBuilder:
         fast_build: bool = False,
     ) -> Any:
         runtime = current_runtime()
-        if runtime is None or not runtime.has_sparse_rows:
+        if runtime is None or not runtime.acts_in_layers:
             return super().build(  # type: ignore[misc]  # the stock builder
                 common_prefix_len, common_attn_metadata, fast_build
             )
@@ -91,19 +93,17 @@ class SplitBuilder:
 
     def split(self, common_prefix_len: int, common: CommonAttentionMetadata) -> Split:
         runtime = current_runtime()
-        assert runtime is not None, "metadata of a step with sparse rows outlived its worker"
+        assert runtime is not None, "metadata of a split step outlived its worker"
         n = common.num_reqs
-        plan = runtime.plan(
-            block_table=common.block_table_tensor,
-            slot_mapping=common.slot_mapping,
-            last_tokens=common.query_start_loc_cpu[1 : n + 1].long() - 1,
-        )
+        last_tokens = common.query_start_loc_cpu[1 : n + 1].long() - 1
+        observed = runtime.observed(common.slot_mapping, last_tokens)
+        plan = runtime.plan(common.block_table_tensor, common.slot_mapping, last_tokens)
         if plan is None:
-            return Split(self._dense(common_prefix_len, common), None)
+            return Split(self._dense(common_prefix_len, common), None, observed)
         dense = None
         if len(plan.rows) < common.num_reqs:
             dense = self._dense(common_prefix_len, _without(common, plan.rows))
-        return Split(dense, self.sparse_call(runtime, plan))
+        return Split(dense, self.sparse_call(runtime, plan), observed)
 
     def _dense(self, common_prefix_len: int, common: CommonAttentionMetadata) -> Any:
         return super().build(common_prefix_len, common)  # type: ignore[misc]  # the stock builder

@@ -20,7 +20,7 @@ from ..scheduler.page_pool import PagePool
 from ..scheduler.reasons import Reason
 from ..scheduler.request_state import RequestState
 from ..segmentation.service import SegmentationService
-from .manager import SentenceKVManager
+from .manager import SentenceKVManager, reuse_up_to
 from .resolve import load_vocabulary, resolve_for_engine
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ class SchedulerSide:
             )
         self._manager = managers[0]
         self._manager.bind(self.ledger)
+        reuse_up_to(kv_cache_manager, self.ledger.reusable_tokens)
 
     def add(self, request: Any) -> None:
         """A request has arrived; a bad option was refused before it got here."""
@@ -135,6 +136,7 @@ class SchedulerSide:
             seed=(params.seed or 0) % 2**31 if params is not None else 0,
             byte_rows=wanted.byte_rows,
             block_groups=policy.grouping == "blocks",
+            votes=policy.votes,
         )
         return Reason.SHORT_CONTEXT, options, policy.keeps_all
 
@@ -144,7 +146,9 @@ class SchedulerSide:
         cached = scheduler_output.scheduled_cached_reqs
         scheduled.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         self._segmentation.step_scheduled(scheduler_output.total_num_scheduled_tokens)
-        return self.ledger.take_message(scheduled, self._manager.block_id)
+        return self.ledger.take_message(
+            scheduled, self._manager.block_id, scheduler_output.num_scheduled_tokens
+        )
 
     def summary(self, request_id: str) -> dict[str, Any] | None:
         state = self.ledger.states.get(request_id)

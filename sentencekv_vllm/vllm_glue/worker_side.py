@@ -57,13 +57,14 @@ def build_runtime(
         runtime = Runtime(
             geometry,
             caches,
-            platform.key_offset(caches[0], layer),
+            platform.token_layout(caches[0], layer),
             num_pages=resolved.num_pages,
             num_slots=vllm_config.scheduler_config.max_num_seqs,
             working_set_blocks=resolved.working_set_blocks,
             ops=make_layer_ops(_sizes(vllm_config, resolved, geometry, caches[0].device)),
             layer_names=names,
             layer_share=resolved.config.layer_share,
+            observation_window=resolved.observation_window,
         )
     except torch.OutOfMemoryError as error:
         raise ConfigError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ class StepPlan:
     seq_lens: Tensor  # [S] int32: tokens attended to
     out: DecodeOutputs
     tallies: Tallies  # what `out` adds up
+    compacted: npt.NDArray[np.bool_]  # [S] attends to its whole working set: nothing to rank
     running: Tensor | None  # [S] bool: ranks by the running mean query; None: nobody does
     previous: Tensor | None  # [S] bool: ranks by the query of the step before; None: nobody does
     restarts: (
@@ -42,7 +45,10 @@ def table_width(rows: SparseRows, budget: Int32s, block_size: int) -> int:
 
 def head_tables(
     block_table: Tensor,
-    batch: SparseBatch,
+    private: Tensor,
+    history_lo: Tensor,
+    history_hi: Tensor,
+    columns: Tensor,
     seq_lens: Tensor,
     width: int,
     block_size: int,
@@ -50,27 +56,31 @@ def head_tables(
 ) -> tuple[Tensor, Tensor]:
     """Per-KV-head block tables `[sinks | selected | recent]` and their lengths.
 
-    The selected columns hold the null block until each layer writes its own choice; columns
-    of freed blocks are never read. Nothing here waits for the device.
+    The selected columns hold the working set's blocks, in order: those of a compacted history;
+    each layer writes its own choice over those of the others. Columns of freed blocks are never
+    read. Nothing here waits for the device.
 
     Args:
         block_table: [S, max_blocks] int32, vLLM's rows of these requests.
-        batch: the requests.
+        private: [S, R] int32: the working sets.
+        history_lo, history_hi: [S] int32: first block after the sinks and of the recent window.
+        columns: [S] int32: blocks attended to in place of the history.
         seq_lens: [S] int32: tokens of the request, this step's included.
         width: see `table_width`.
 
     Returns:
         tables [S, H, W] int32 of head-block ids `b * H + h`; lengths [S] int32.
     """
-    lo, hi, budget = (
-        t.long()[:, None] for t in (batch.history_lo, batch.history_hi, batch.budget_blocks)
-    )
+    lo, hi, budget = (t.long()[:, None] for t in (history_lo, history_hi, columns))
     num_blocks = (seq_lens.long()[:, None] + block_size - 1) // block_size
     column = torch.arange(width, device=block_table.device)[None]
     recent = column - (lo + budget) + hi
     source = torch.where(column < lo, column, recent.minimum(num_blocks - 1))
     selected = (column >= lo) & (column < lo + budget)
-    blocks = block_table.gather(1, source.clamp(min=0)).masked_fill(selected, 0)
+    place = (column - lo).clamp(0, private.shape[1] - 1)
+    blocks = torch.where(
+        selected, private.gather(1, place), block_table.gather(1, source.clamp(min=0))
+    )
     heads = torch.arange(num_kv_heads, device=block_table.device)
     tables = (blocks.long()[:, None] * num_kv_heads + heads[:, None]).to(torch.int32)
     lengths = (lo + budget - hi).squeeze(1) * block_size + seq_lens

@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..messages import Int32s, SparseRows, StepMessage, StepReport
+from ..messages import Int32s, ObservedRows, SparseRows, StepMessage, StepReport
 from ..ops.layer_ops import DecodeOutputs, LayerOps
 from ..ops.rotation import rotation
+from ..ops.token_layout import TokenLayout
 from ..types import Geometry, QueryKind
 from .copy_stream import CopyStream, copy_stream
+from .election import Election
+from .observations import Observations, Observed
 from .plan import StepPlan, head_tables, table_width
 from .pools import Pools
 from .query_mean import QueryMean
@@ -34,7 +37,7 @@ class Runtime:
         self,
         geometry: Geometry,
         caches: Sequence[Tensor],
-        key_offset: Tensor,
+        layout: TokenLayout,
         num_pages: int,
         num_slots: int,
         working_set_blocks: int,
@@ -42,19 +45,21 @@ class Runtime:
         layer_names: Sequence[str],
         copies: CopyStream | None = None,
         layer_share: int = 1,
+        observation_window: int = 0,
     ) -> None:
         """Allocate everything.
 
         Args:
             geometry: this worker's shapes.
             caches: vLLM's KV cache of each layer, [B, H, N, 2D].
-            key_offset: [N * D] int32, see `ops.index_pages.read_keys`.
+            layout: where the tokens lie in a head-block.
             num_pages: host pages.
             num_slots: requests tracked at once.
             working_set_blocks: private blocks of a request.
             ops: implementation of the device functions.
             layer_names: in the order of `caches`.
             layer_share: consecutive layers that attend to what the first of them selects.
+            observation_window: last prompt tokens whose queries may vote.
             copies: where copy-out is queued; by default what suits the device of `caches`.
         """
         self.geometry = geometry
@@ -75,8 +80,13 @@ class Runtime:
         self.rotation = rotation(geometry.head_dim, geometry.index_dim).to(self.device)
         self._layer_share = layer_share
         self._copies = copies or copy_stream(self.device)
-        self._key_offset = key_offset
+        self._layout = layout
+        self._key_offset = layout.keys.flatten().to(torch.int32)  # as `read_keys` takes it
+        self.observations = Observations(
+            geometry, num_slots, observation_window, caches[0].dtype, self.device
+        )
         self._rows: SparseRows | None = None
+        self._watched: ObservedRows | None = None
         self._order: dict[str, int] = {}
         self._step = -1
         self._plan: StepPlan | None = None
@@ -93,11 +103,17 @@ class Runtime:
         `end_step`."""
         return self._rows is not None
 
+    @property
+    def acts_in_layers(self) -> bool:
+        """The step being run has rows to decode sparsely, or queries to keep."""
+        return self._rows is not None or self._watched is not None
+
     def apply(self, message: StepMessage) -> None:
         """Perform a step's message; a second call with the same message does nothing."""
         if message.step == self._step:
             return
         self._step, self._rows, self._plan = message.step, message.sparse, None
+        self._watched = message.observed
         self._order = {}
         for slot in message.dropped:
             self.tables.drop(slot)
@@ -131,6 +147,13 @@ class Runtime:
                     self.ops.index_sentences(
                         pools, rows, ranges, span_blocks, self._key_offset, s.kind
                     )
+            voted = [u for u in message.updates if u.voted is not None]
+            if voted:
+                election = Election(self.geometry, self._layout, self.observations)
+                for update in voted:
+                    election.add(update, *self.tables.indexed_sentences(update.slot))
+                for layer, pools in enumerate(self.pools.layers):
+                    election.hold(layer, pools)
         self.counters["swap_out_bytes"] += len(blocks) * self.pools.page_bytes
         if self.device.type == "cpu":  # elsewhere the host's clock says nothing
             self.counters["offload_ns"] += time.perf_counter_ns() - started
@@ -152,23 +175,24 @@ class Runtime:
         rows = self._rows
         if rows is None:
             return None
-        if self._order:
-            found = np.asarray([self._order[r] for r in rows.request_ids], np.int64)
-        else:
-            found = self._find_by_tail(rows.tail_blocks, slot_mapping, last_tokens)
+        found = self._find(rows, slot_mapping, last_tokens)
         batch = self.tables.batch(rows, self._step)
         options = self.tables.options
+        budget = np.minimum(options["budget_blocks"][rows.slots], rows.history_hi - rows.history_lo)
         query_kind = options["query_kind"][rows.slots]
         running = query_kind == QueryKind.RUNNING_MEAN
         previous = query_kind == QueryKind.PREVIOUS
-        arrays = [found, last_tokens.numpy()[found], rows.slots.astype(np.int64)]
-        index, tokens, slots, seq_lens, is_running, is_previous, restarts = upload(
-            [*arrays, rows.seq_lens, running, previous, rows.restarts], self.device
+        arrays = [found, last_tokens.numpy()[found], rows.slots.astype(np.int64), rows.seq_lens]
+        arrays += [running, previous, rows.restarts, rows.history_hi, budget]
+        index, tokens, slots, seq_lens, is_running, is_previous, restarts, history_hi, columns = (
+            upload(arrays, self.device)
         )
-        budget = np.minimum(options["budget_blocks"][rows.slots], rows.history_hi - rows.history_lo)
         tables, lengths = head_tables(
             block_table.index_select(0, index),
-            batch,
+            batch.private_blocks,
+            batch.history_lo,
+            history_hi,
+            columns,
             seq_lens,
             table_width(rows, budget, self.geometry.block_size),
             self.geometry.block_size,
@@ -188,11 +212,20 @@ class Runtime:
                 tables, tallies.hits, tallies.misses, tallies.coverage, tallies.stage_ns
             ),
             tallies=tallies,
+            compacted=options["compacts"][rows.slots].astype(bool),
             running=is_running if running.any() else None,
             previous=is_previous if previous.any() else None,
             restarts=restarts,
         )
         return self._plan
+
+    def _find(
+        self, rows: SparseRows | ObservedRows, slot_mapping: Tensor, last_tokens: Tensor
+    ) -> Array:
+        """The requests' rows in the batch."""
+        if self._order:
+            return np.asarray([self._order[r] for r in rows.request_ids], np.int64)
+        return self._find_by_tail(rows.tail_blocks, slot_mapping, last_tokens)
 
     def _find_by_tail(
         self, tail_blocks: Int32s, slot_mapping: Tensor, last_tokens: Tensor
@@ -202,8 +235,21 @@ class Runtime:
         tails = (written // self.geometry.block_size).cpu().numpy()
         order = np.argsort(tails, kind="stable")
         found = order[np.searchsorted(tails, tail_blocks, sorter=order).clip(0, len(order) - 1)]
-        assert (tails[found] == tail_blocks).all(), "a sparse request is not in the batch"
+        assert (tails[found] == tail_blocks).all(), "a request is not in the batch"
         return found
+
+    def observed(self, slot_mapping: Tensor, last_tokens: Tensor) -> Observed | None:
+        """The step's voting tokens, arguments as in `plan`; None where there are none."""
+        rows = self._watched
+        if rows is None:
+            return None
+        self._planned = self._step
+        first = last_tokens.numpy()[self._find(rows, slot_mapping, last_tokens)] - rows.offsets
+        place = rows.slots * self.observations.window + rows.places
+        before = np.cumsum(rows.counts) - rows.counts
+        index = np.arange(rows.counts.sum())  # start + (index - before) runs through each row
+        starts = (np.repeat(start - before, rows.counts) for start in (first, place))
+        return Observed(*upload([(s + index).astype(np.int64) for s in starts], self.device))
 
     def rank(self, plan: StepPlan, layer: int, query: Tensor) -> Tensor:
         """Select, resolve and swap in; the layer's tables [S, H, W] are ready after it.
@@ -211,6 +257,8 @@ class Runtime:
         Args:
             query: [S, Hq, D] contiguous, the current queries.
         """
+        if plan.compacted.all():
+            return plan.out.head_tables
         pools = self.pools.layers[layer]
         if layer % self._layer_share:
             self.ops.reuse_selection(pools, plan.batch, plan.out)
@@ -232,20 +280,20 @@ class Runtime:
         return ranking
 
     def end_step(self) -> None:
-        """The forward is queued: from here on no row is sparse.
+        """The forward is queued: from here on no row is sparse and nobody votes.
 
         Raises:
             RuntimeError: the step's sparse rows were never planned, so attention read blocks
                 that are no longer theirs.
         """
-        if self._rows is not None and self._planned != self._step:
+        if self.acts_in_layers and self._planned != self._step:
             raise RuntimeError(
-                f"step {self._step} has sparse rows, and the forward ran without them: a CUDA "
-                "graph of the whole model was replayed, or this vLLM builds metadata at another "
+                f"step {self._step} has sparse rows or voting tokens, and the forward ran without "
+                "them: a CUDA graph of the whole model was replayed, or this vLLM builds metadata at another "
                 'time. Start with --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\' and '
                 "report this."
             )
-        self._rows = None
+        self._rows, self._watched = None, None
 
     def take_report(self) -> StepReport | None:
         """What the last booked step selected, once."""
@@ -267,6 +315,7 @@ class Runtime:
             self.tables.drop(slot)
         self.pools.reset()
         self._step, self._rows, self._plan, self._report = -1, None, None, None
+        self._watched = None
         self._unsettled.clear()
         self.counters.clear()
 
@@ -293,6 +342,7 @@ class Runtime:
         self.counters["swap_in_bytes"] += num_misses * self.pools.head_block_bytes
         self.counters["sparse_steps"] += 1
         shares = (coverage / self.geometry.num_layers).astype(np.float32)
+        shares[plan.compacted] = np.nan
         known = shares[~np.isnan(shares)]
         self.counters["coverage_millionths"] += int(1e6 * float(known.sum()))
         self.counters["coverage_rows"] += len(known)

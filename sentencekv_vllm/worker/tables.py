@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..messages import Int32s, RequestUpdate, SparseRows
@@ -14,7 +15,15 @@ from .transfer import upload
 
 CPU = torch.device("cpu")
 WIDTH_STEP = 64  # columns; few distinct widths, so that GPU kernels are compiled few times
-OPTION_COLUMNS = ("index_kind", "reduce", "budget_blocks", "seed", "query_kind", "byte_rows")
+OPTION_COLUMNS = (
+    "index_kind",
+    "reduce",
+    "budget_blocks",
+    "seed",
+    "query_kind",
+    "byte_rows",
+    "compacts",
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ class Tables:
         self.row_pages.append(slot, update.row_pages)
         self.ends.append(slot, update.sentence_ends)
         if update.private_blocks:
-            self.private[slot] = update.private_blocks
+            self.private[slot, : len(update.private_blocks)] = update.private_blocks
         ends = self.ends.of(slot)
         first = int(self.num_indexed[slot])
         last = int(np.searchsorted(ends, int(self.pages.counts[slot]) * n, side="right"))
@@ -109,10 +118,18 @@ class Tables:
         self.num_indexed[slot] = last
         return self._new_sentences(slot, first, last, ends)
 
+    def indexed_sentences(self, slot: int) -> tuple[Int32s, Int32s]:
+        """Rows and ends of a request's sentences that have an index entry."""
+        count = int(self.num_indexed[slot])
+        return self._rows_of(slot, np.arange(count)), self.ends.of(slot)[:count]
+
+    def _rows_of(self, slot: int, sentences: npt.NDArray[np.intp]) -> Int32s:
+        m = self.rows_per_page
+        return self.row_pages.of(slot)[sentences // m] * m + sentences % m
+
     def _new_sentences(self, slot: int, first: int, last: int, ends: Int32s) -> NewSentences:
-        n, m = self.block_size, self.rows_per_page
-        sentence = np.arange(first, last)
-        rows = self.row_pages.of(slot)[sentence // m] * m + sentence % m
+        n = self.block_size
+        rows = self._rows_of(slot, np.arange(first, last))
         stops = ends[first:last]
         starts = np.concatenate((ends[first - 1 : first] if first else [0], stops[:-1]))
         starts = starts.astype(np.int32)
@@ -136,7 +153,10 @@ class Tables:
         if self._batch is not None and self._batch[0] == key:
             return replace(self._batch[1], step=step)
         slots = rows.slots
-        history = rows.history_hi - rows.history_lo
+        # A compacted history is attended to as it is: to the ops the row has none.
+        compacts = self.options["compacts"][slots].astype(bool)
+        history_hi = np.where(compacts, rows.history_lo, rows.history_hi)
+        history = history_hi - rows.history_lo
         columns = {
             "pages": self.pages.gather(slots),
             "num_pages": self.pages.counts[slots],
@@ -144,7 +164,7 @@ class Tables:
             "sentence_ends": self.ends.gather(slots),
             "num_sentences": self.num_indexed[slots],
             "history_lo": rows.history_lo,
-            "history_hi": rows.history_hi,
+            "history_hi": history_hi,
             "budget_blocks": np.minimum(self.options["budget_blocks"][slots], history),
             "private_blocks": self.private[slots],
             "index_kind": self.options["index_kind"][slots],

@@ -114,7 +114,7 @@ class Worker:
         connector.runtime = Runtime(
             GEOMETRY,
             self.caches,
-            cuda.key_offset(self.caches[0], None),
+            cuda.token_layout(self.caches[0], None),
             num_pages=16,
             num_slots=3,
             working_set_blocks=len(PRIVATE),

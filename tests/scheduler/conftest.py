@@ -126,7 +126,9 @@ class Simulation:
             ledger.set_private_blocks(request_id, [b.block_id for b in self.private[request_id]])
         own += self._draw(needed)
         message = ledger.take_message(
-            {request_id: processed}, lambda name, j: self.blocks[name][j].block_id
+            {request_id: processed},
+            lambda name, j: self.blocks[name][j].block_id,
+            {request_id: tokens},
         )
         self.computed[request_id] = processed + tokens
         if self.computed[request_id] == request.num_tokens:

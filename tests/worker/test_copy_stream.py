@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from sentencekv_vllm.messages import DecodeOptions, RequestUpdate, SparseRows, StepMessage
+from sentencekv_vllm.ops.token_layout import TokenLayout
 from sentencekv_vllm.types import Geometry
 from sentencekv_vllm.worker.copy_stream import SideStream
 from sentencekv_vllm.worker.runtime import Runtime
@@ -106,7 +107,7 @@ class Engine:
         self.runtime = Runtime(
             GEOMETRY,
             [torch.zeros(BLOCKS, 1, N, 16)],
-            torch.arange(N * 8, dtype=torch.int32),
+            TokenLayout.rows(N, 8, torch.device("cpu")),
             num_pages=PAGES,
             num_slots=4,
             working_set_blocks=1,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sentencekv_vllm.worker.plan import head_tables, table_width
 
-BLOCK, STALE = 32, 10_000
+BLOCK, STALE, PRIVATE = 32, 10_000, 20_000
 
 
 def tables_of(table, batch, tokens, num_kv_heads):
@@ -22,7 +22,9 @@ def tables_of(table, batch, tokens, num_kv_heads):
         seq_lens=tokens.numpy(),
     )
     width = table_width(rows, batch.budget_blocks.numpy(), BLOCK)
-    return head_tables(table, batch, tokens, width, BLOCK, num_kv_heads)
+    lo, hi, budget = batch.history_lo, batch.history_hi, batch.budget_blocks
+    private = torch.arange(PRIVATE, PRIVATE + max(1, int(budget.max()))).expand(len(lo), -1).int()
+    return head_tables(table, private, lo, hi, budget, tokens, width, BLOCK, num_kv_heads)
 
 
 @st.composite
@@ -55,7 +57,7 @@ def test_tables_are_sinks_then_room_for_the_choice_then_recent_blocks(requests, 
     for s, (first, end, room, count) in enumerate(requests):
         own = table[s].tolist()
         blocks = -(-count // BLOCK)
-        expected = [*own[:first], *[0] * room, *own[end:blocks]]
+        expected = [*own[:first], *range(PRIVATE, PRIVATE + room), *own[end:blocks]]
         assert lengths[s] == count - (end - first - room) * BLOCK
         assert -(-int(lengths[s]) // BLOCK) == len(expected)
         for h in range(num_kv_heads):
@@ -70,7 +72,7 @@ def test_the_partly_filled_block_is_last():
     batch = SimpleNamespace(history_lo=one, history_hi=5 * one, budget_blocks=2 * one)
     table = torch.arange(10, 20, dtype=torch.int32)[None]
     tables, lengths = tables_of(table, batch, 200 * one, 1)
-    assert tables.tolist() == [[[10, 0, 0, 15, 16]]]
+    assert tables.tolist() == [[[10, PRIVATE, PRIVATE + 1, 15, 16]]]
     assert lengths.item() == 200 - 2 * BLOCK == 4 * BLOCK + 8, "eight tokens in block 16"
 
 

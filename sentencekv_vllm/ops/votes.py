@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefill votes: which tokens the last queries of a prompt look at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
+
+from ..types import Votes
+
+
+def count_votes(query: Tensor, keys: Tensor, scale: float, votes: Votes) -> Tensor:
+    """Attention that the window pays to the tokens before it (SnapKV, arXiv 2404.14469, Eq. 1, 2).
+
+    Causal softmax over all tokens for each query head, summed over the window's queries, averaged
+    over the group, pooled over `votes.kernel` neighbours.
+
+    Args:
+        query: [W, G, D], of the prompt's last W tokens.
+        keys: [T, D] of the group's KV head, all tokens of the prompt.
+        scale: softmax scale.
+
+    Returns:
+        [T - W] float32.
+    """
+    window, total = len(query), len(keys)
+    logits = scale * torch.einsum("wgd,td->gwt", query.float(), keys.float())
+    future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu(1)
+    logits[..., total - window :].masked_fill_(future, float("-inf"))
+    attention = logits.softmax(-1)[..., : total - window].sum(1).mean(0)
+    padding = votes.kernel // 2
+    if votes.max_pool:
+        return max_pool1d(attention[None], votes.kernel, 1, padding)[0]
+    return avg_pool1d(attention[None], votes.kernel, 1, padding)[0]
+
+
+def elect_tokens(scores: Tensor, count: int, unit: int) -> Tensor:
+    """The tokens with the most votes, whole units of neighbours at a time.
+
+    Args:
+        scores: [T] of tokens 0 to T - 1.
+        count: tokens to keep, at most T. Where units are larger than a token the last ones are cut.
+        unit: tokens; unit i holds tokens [i * unit, (i + 1) * unit).
+
+    Returns:
+        [count] int64, ascending.
+    """
+    if unit == 1:
+        return scores.topk(count, sorted=False).indices.sort().values
+    padded = torch.nn.functional.pad(scores, (0, -len(scores) % unit))
+    ranked = padded.unflatten(0, (-1, unit)).sum(1).argsort(descending=True, stable=True)
+    tokens = (ranked[:, None] * unit + torch.arange(unit, device=scores.device)).flatten()
+    return tokens[tokens < len(scores)][:count].sort().values
+
+
+def retained_means(keys: Tensor, ends: Tensor, retained: Tensor) -> Tensor:
+    """Mean of each sentence's retained keys (SentenceKV, arXiv 2504.00970, Eq. 1).
+
+    Args:
+        keys: [T, D].
+        ends: [s] int64, ascending: sentence i spans tokens [ends[i - 1], ends[i]).
+        retained: [K] int64 tokens below `ends[-1]`.
+
+    Returns:
+        [s, D] float32; NaN for a sentence without retained tokens.
+    """
+    sentence = torch.searchsorted(ends, retained, right=True)
+    sums = torch.zeros(len(ends), keys.shape[1], device=keys.device)
+    sums.index_add_(0, sentence, keys[retained].float())
+    return sums / torch.bincount(sentence, minlength=len(ends))[:, None]

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SnapKV and its kin on a served model: who votes, what is kept, what is answered."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from engine import BLOCK, apart, generate, greedy, is_clean, make_items, make_llm, runtime_of  # noqa: E402
+
+WINDOW = 32
+ROOM = {"observation_window": WINDOW, "recent_window": 32}
+PROMPTS = (1500, 1031, 2000)
+
+
+def elections(policy: str, chunk: int) -> tuple[list[dict], list[dict], bool]:
+    """Serve three prompts, twice: the second time from the prefix cache.
+
+    Returns:
+        For each prompt and time the queries that voted and how well the working set holds what
+        SnapKV's formula elects; the outputs; whether nothing leaked.
+    """
+    llm = make_llm(ROOM, max_num_batched_tokens=chunk)
+    runtime = runtime_of(llm)
+    seen: list[dict] = []
+    from sentencekv_vllm.worker.election import Election
+
+    hold = Election.hold
+
+    def checked(self, layer, pools):
+        g, layout = runtime.geometry, runtime._layout
+        before = pools.cache.clone()
+        hold(self, layer, pools)
+        for ballot in self._ballots:
+            prompt, n = ballot.prompt, g.block_size
+            window = runtime.observations.of(layer, ballot.slot, WINDOW).float()
+            flat = before.flatten(2)[torch.tensor(prompt.block_ids)]  # [blocks, H, N * 2D]
+            keys = flat[..., layout.keys].transpose(0, 1).flatten(1, 2)[:, : prompt.num_tokens]
+            moved = pools.cache.flatten(2)[ballot.private][..., layout.keys].transpose(0, 1)
+            moved = moved.flatten(1, 2)
+            repeated = keys.float().repeat_interleave(g.group_size, 0)  # [Hq, T, D]
+            logits = g.scale * window.transpose(0, 1) @ repeated.transpose(1, 2)
+            behind = torch.ones(WINDOW, WINDOW).triu(1).bool()
+            logits[..., -WINDOW:].masked_fill_(behind, float("-inf"))
+            mass = logits.softmax(-1).mean(1)[:, :-WINDOW]
+            pooled = torch.nn.functional.avg_pool1d(mass[:, None], 5, 1, 2)[:, 0]
+            scores = pooled.unflatten(0, (-1, g.group_size)).mean(1)
+            lo, hi = prompt.history_lo * n, prompt.history_hi * n
+            best = scores[:, lo:hi].topk(prompt.budget_blocks * n).indices.sort().values + lo
+            for h in range(g.num_kv_heads):
+                same = (keys[h, best[h]] == moved[h]).all(-1).float().mean()
+                seen.append({"layer": layer, "head": h, "same": float(same)})
+            seen[-1]["window"] = (prompt.num_tokens, layer, window.clone())
+
+    Election.hold = checked
+    outputs = []
+    prompts = [item.prompt for item in make_items(llm, PROMPTS, seed=3)]
+    params = greedy(8, stop=None, ignore_eos=True, extra_args={"sentencekv_policy": policy})
+    for _ in range(2):
+        outputs += generate(llm, prompts, params)
+    return seen, outputs, is_clean(llm)
+
+
+@pytest.mark.slow
+def test_the_last_prompt_tokens_elect_what_snapkv_would_whatever_the_chunks():
+    (whole, outputs, clean), (parts, in_parts, clean_too) = (
+        apart(elections, "snapkv", 8192),
+        apart(elections, "snapkv", 1021),
+    )
+    assert clean and clean_too
+    for seen, served in ((whole, outputs), (parts, in_parts)):
+        assert len(seen) == 2 * len(PROMPTS) * 4 * 2, "layers and KV heads, each time"
+        assert all(s["same"] > 0.97 for s in seen), "near ties apart"
+        for output in served:
+            assert output["told"]["mode"] == "sparse" and output["told"]["misses"] == 0
+        for fresh, cached in zip(served[:3], served[3:], strict=True):
+            voting = fresh["prompt_tokens"] - WINDOW
+            assert cached["cached"] == voting // BLOCK * BLOCK, "voting tokens are computed"
+            assert fresh["generated"][0]["tokens"] == cached["generated"][0]["tokens"]
+    windows: list[dict] = [{}, {}]
+    for found, seen in zip(windows, (whole, parts), strict=True):
+        for prompt, layer, window in (s["window"] for s in seen if "window" in s):
+            found.setdefault((prompt, layer), []).append(window)
+    for key, (fresh, cached) in windows[0].items():
+        for other in (cached, *windows[1][key]):  # bf16 of other chunks
+            torch.testing.assert_close(fresh, other, rtol=0.05, atol=0.15)
+
+
+def answers(policies: list[str]) -> tuple[dict[str, int], bool]:
+    llm = make_llm(ROOM | {"token_budget": 384, "working_set_tokens": 320})
+    items = make_items(llm, [1500] * 10, seed=11, answer_prefix=True)
+    solved = {}
+    for policy in policies:
+        params = greedy(extra_args={"sentencekv_policy": policy})
+        outputs = generate(llm, [item.prompt for item in items], params)
+        assert {o["told"]["mode"] for o in outputs} == {"sparse"}, (
+            policy,
+            [o["told"] for o in outputs],
+        )
+        texts = [o["generated"][0]["text"] for o in outputs]
+        solved[policy] = sum(
+            all(a in text for a in item.answers) for item, text in zip(items, texts, strict=True)
+        )
+    return solved, is_clean(llm)
+
+
+@pytest.mark.slow
+def test_votes_find_what_the_question_at_the_end_of_the_prompt_asks_for():
+    solved, clean = apart(answers, ["snapkv", "windowkv", "sentencekv-pool", "streaming"])
+    assert clean
+    assert solved["snapkv"] >= 9, "the answer's key is in the window"
+    assert solved["windowkv"] > solved["streaming"] <= 2
+    assert solved["sentencekv-pool"] > solved["streaming"]
