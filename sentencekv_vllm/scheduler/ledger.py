@@ -347,8 +347,7 @@ class Ledger:
                 copied = len(memory.pages) == processed // self.limits.block_size
                 state.reason = Reason.BUDGET_COVERS if copied else Reason.COPYING
             return None
-        unheard = request.num_prompt_tokens - state.voting_from - memory.observed
-        if hi == lo or memory.slot < 0 or unheard:
+        if hi == lo or memory.slot < 0 or not self._can_vote(state):
             return None
         exclusive = sum(block.ref_cnt == 1 for block in blocks[lo:hi])
         if exclusive + num_free_blocks - 1 < working_set:
@@ -364,6 +363,14 @@ class Ledger:
         self._note_released(state, exclusive)
         self._note_exactness(state, processed)
         return lo, hi
+
+    def _can_vote(self, state: RequestState) -> bool:
+        """Everybody was heard, and what they vote on is indexed; true where nobody votes."""
+        if state.votes is None:
+            return True
+        prompt, memory = state.request.num_prompt_tokens, state.memory
+        indexed = state.compacts or len(memory.pages) >= prompt // self.limits.block_size
+        return indexed and memory.observed == prompt - state.voting_from
 
     def _extend(self, state: RequestState, processed: int) -> tuple[int, int] | None:
         memory = state.memory

