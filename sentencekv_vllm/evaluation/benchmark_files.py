@@ -12,6 +12,7 @@ from typing import Any
 
 from . import scores
 from .items import Cell, Item, Problem
+from .long_texts import file_problems
 from .scores import Metric
 
 Sample = Mapping[str, Any]
@@ -34,31 +35,35 @@ class Format:
     read: Callable[[Path, Sample], Item]
 
 
-def load_problems(spec: str, num_items: int) -> list[Problem]:
-    """The first questions of a file, as one cell.
+def load_problems(spec: str, num_items: int, lengths: Sequence[int] = ()) -> list[list[Problem]]:
+    """The first questions of a file, as one cell; stretches of a text, a cell for each length.
 
     Args:
-        spec: `FORMAT:FILE`, with a format of `FORMATS`.
+        spec: `FORMAT:FILE`, with a format of `FORMATS` or `TEXT_FORMATS`.
         num_items: most questions.
+        lengths: prompt tokens of texts.
 
     Raises:
         BenchmarkFileError: unknown format, no such file, or a line of another form.
     """
     name, _, file = spec.partition(":")
-    if name not in FORMATS or not file:
-        raise BenchmarkFileError(
-            f"--data {spec!r} is not FORMAT:FILE with a format of {', '.join(FORMATS)}"
-        )
-    path, form = Path(file), FORMATS[name]
+    if not file or name not in (*FORMATS, *TEXT_FORMATS):
+        known = ", ".join([*FORMATS, *TEXT_FORMATS])
+        raise BenchmarkFileError(f"--data {spec!r} is not FORMAT:FILE with a format of {known}")
+    path = Path(file)
     if not path.is_file():
-        raise BenchmarkFileError(f"{path} does not exist: --data {name} reads {form.example}")
+        example = FORMATS[name].example if name in FORMATS else TEXT_FORMATS[name]
+        raise BenchmarkFileError(f"{path} does not exist: --data {name} reads {example}")
+    if name in TEXT_FORMATS:
+        return file_problems(path, list(lengths), num_items)
+    form = FORMATS[name]
     cell = Cell(f"{name}/{_task(path)}", "file", 0)
     with path.open(encoding="utf-8") as lines:
         filled = (line for line in lines if line.strip())
         items = [_item(form, path, i, line) for i, line in enumerate(islice(filled, num_items))]
     if not items:
         raise BenchmarkFileError(f"{path} holds no question")
-    return [_problem(cell, seed, item) for seed, item in enumerate(items)]
+    return [[_problem(cell, seed, item) for seed, item in enumerate(items)]]
 
 
 def check_lengths(
@@ -187,3 +192,9 @@ FORMATS: dict[str, Format] = {
     "longbench": Format("LongBench v1's TASK.jsonl (context, input, answers, dataset)", _longbench),
     "infinitebench": Format("InfiniteBench's TASK.jsonl (context, input, answer)", _infinitebench),
 }
+
+TEXT_FORMATS = {
+    "text": "a plain text in UTF-8",
+    "pg19": "a book of PG-19, a plain text in UTF-8",
+}
+"""Long texts for perplexity and distance from dense attention, without questions."""

@@ -22,10 +22,12 @@ from .engine import Engine
 from .estimate import estimate
 from .http_engine import ServerRefusal
 from .items import Cell, Problem, interleave, make_cells, recall_problems
+from .long_texts import TEXT_TASKS, text_problems
 from .markdown import markdown
-from .options import MODEL, NO_TASKS, parse
+from .options import MODEL, parse
 from .processes import ProcessError, Send, shared
 from .progress import Progress
+from .recall_tasks import ALL_TASKS
 from .records import Key, Record, Results, ResultsError
 from .report import write_report
 from .runner import run
@@ -53,9 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def questions(options: argparse.Namespace) -> list[Problem]:
     """All questions, a seed of each cell after the other, with nothing made yet."""
-    by_cell = [load_problems(spec, options.items) for spec in options.data]
-    tasks = [] if NO_TASKS in options.tasks else options.tasks
-    by_cell += recall_problems(make_cells(tasks, options.styles, options.contexts), options.items)
+    contexts, items = options.contexts, options.items
+    by_cell = [cell for spec in options.data for cell in load_problems(spec, items, contexts)]
+    tasks = [task for task in options.tasks if task in ALL_TASKS]
+    texts = [task for task in options.tasks if task in TEXT_TASKS]
+    by_cell += recall_problems(make_cells(tasks, options.styles, contexts), items)
+    by_cell += text_problems(texts, contexts, items)
     return list(interleave(by_cell))
 
 

@@ -29,7 +29,7 @@ class Measured:
     """Means over decode steps."""
 
     kl: float  # KL(dense || sparse) in nats
-    kl_by_length: tuple[float, ...]  # of each `BUCKET` steps; the last may have fewer
+    kl_by_length: tuple[float, ...]  # of each whole `BUCKET` of steps
     nll: float  # nats a token; its exponential is the perplexity
     agreement: float  # share of the tokens that the model would have chosen
 
@@ -50,7 +50,7 @@ def measure(dense: Distributions, sparse: Distributions, prefilled: int) -> Meas
     return Measured(
         kl=float(kl.mean()),
         kl_by_length=tuple(
-            float(kl[start : start + BUCKET].mean()) for start in range(0, len(kl), BUCKET)
+            float(kl[end - BUCKET : end].mean()) for end in range(BUCKET, len(kl) + 1, BUCKET)
         ),
         nll=float(-ours[np.arange(len(tokens)), tokens].mean()),
         agreement=float((ours.argmax(axis=1) == tokens).mean()),

@@ -21,6 +21,9 @@ decoding. `answer_prefix`: the prompt ends with that key (RULER's style)."""
 TEXT = "text"
 """Style of cells whose items have a `continuation`."""
 
+ANY, ANY_LENGTH = "all", -1
+"""In a `Cell` that pools others."""
+
 SPARE_TOKENS = 8  # a wrong answer may be longer than the right one
 
 
@@ -37,8 +40,17 @@ class Cell:
         """Long texts to be decoded by force, which have no answer."""
         return self.style == TEXT
 
+    def covers(self, other: Cell) -> bool:
+        """The other's questions are among this one's; a pool stands for many cells."""
+        return (
+            self.task in (other.task, ANY)
+            and self.style in (other.style, ANY)
+            and self.tokens in (other.tokens, ANY_LENGTH)
+        )
+
     def __str__(self) -> str:
-        return f"{self.task} / {self.style} / {self.tokens or 'as is'}"
+        lengths = {0: "as is", ANY_LENGTH: ANY}
+        return f"{self.task} / {self.style} / {lengths.get(self.tokens, self.tokens)}"
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,20 @@ def make_cells(
 ) -> tuple[Cell, ...]:
     """Every combination, by length first."""
     return tuple(Cell(t, s, n) for n, t, s in product(lengths, tasks, styles))
+
+
+def pools(cells: Sequence[Cell]) -> list[Cell]:
+    """A pool for each task and for each length, of cells with answers; none that one cell fills."""
+    cells = [cell for cell in cells if not cell.is_text]
+    by_task = [Cell(task, ANY, ANY_LENGTH) for task in dict.fromkeys(c.task for c in cells)]
+    by_length = [Cell(ANY, ANY, tokens) for tokens in dict.fromkeys(c.tokens for c in cells)]
+    return [
+        pool
+        for group in (by_task, by_length)
+        if len(group) > 1
+        for pool in group
+        if sum(map(pool.covers, cells)) > 1
+    ]
 
 
 def make_item(cell: Cell, seed: int, count_tokens: CountTokens) -> Item:

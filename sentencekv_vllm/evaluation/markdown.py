@@ -7,9 +7,12 @@ import math
 from collections.abc import Callable, Sequence
 
 from .divergence import BUCKET
+from .items import ANY
 from .share import NO_NUMBERS
 from .table import Row
 from .variant import DENSE, Variant
+
+MANY_CELLS = 8  # columns of a table
 
 
 def markdown(
@@ -25,7 +28,7 @@ def markdown(
         history_tokens: tokens of the history that a budget selects.
     """
     sparse = [v for v in variants if v.name != DENSE]
-    answered = [row for row in rows if row.cell is None or not row.cell.is_text]
+    answered = concise([row for row in rows if row.cell is None or not row.cell.is_text])
     tables = []
     if any(row.cell for row in answered):
         tables += [
@@ -43,6 +46,14 @@ def markdown(
     for cell in dict.fromkeys(row.cell for row in texts):
         tables.append(_text([row for row in texts if row.cell == cell]))
     return "\n\n".join([*tables, *_dense_steps(rows, sparse)])
+
+
+def concise(rows: Sequence[Row]) -> Sequence[Row]:
+    """Without the cells where they are many and pools stand for them; the CSV has them."""
+    cells = {row.cell for row in rows if row.cell}
+    pooled = {cell for cell in cells if ANY in (cell.task, cell.style)}
+    hidden = cells - pooled if pooled and len(cells - pooled) > MANY_CELLS else pooled
+    return [row for row in rows if row.cell not in hidden]
 
 
 def _dense_steps(rows: Sequence[Row], sparse: Sequence[Variant]) -> list[str]:

@@ -14,6 +14,7 @@ from ..presets import PACKAGE
 from . import run_presets
 from .benchmark_files import FORMATS
 from .items import STYLES
+from .long_texts import TEXT_TASKS
 from .recall_tasks import ALL_TASKS
 from .run_presets import PRESETS
 from .variant import ALL, DENSE, parse_policies
@@ -63,7 +64,8 @@ def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespa
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="options of evaluation.run_presets; others win")
     every = ",".join(ALL_TASKS)
-    add("--tasks", type=_names([*ALL_TASKS, NO_TASKS]), default=every, help="or none")
+    known = [*ALL_TASKS, *TEXT_TASKS, NO_TASKS]
+    add("--tasks", type=_names(known), default=every, help=f"of {', '.join(known)}")
     add("--styles", type=_names(STYLES), default=",".join(STYLES))
     add("--contexts", type=_sizes, default="4096", help="prompt tokens of the tasks")
     add("--data", action="append", default=[], metavar="FORMAT:FILE", help=", ".join(FORMATS))
@@ -107,6 +109,9 @@ def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespa
     given = list(sys.argv[1:] if arguments is None else arguments)
     preset = parser.parse_args(given).preset
     options = parser.parse_args([*(run_presets.arguments(preset) if preset else ()), *given])
+    texts = [task for task in options.tasks if task in TEXT_TASKS]
+    if options.server and texts:
+        parser.error(f"{texts[0]} needs an engine in this process: leave out --server")
     if options.server and options.kl:
         parser.error("--kl needs an engine in this process: leave out --server")
     if options.kl and DENSE not in options.policies:

@@ -5,35 +5,44 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from .divergence import BUCKET
+from .markdown import concise
 from .records import Record
 from .share import Share
 from .table import Row
 from .variant import Variant
 
 DEPTH_BINS = 5
+MARKERS = "osv^D"
 COLOURS = colormaps["tab20"]([*range(0, 20, 2), *range(1, 20, 2)])  # strong ones first
 
 
 def figures(rows: Sequence[Row], records: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
     """Name and figure of each plot that the run has data for."""
-    yield "accuracy", accuracy(rows)
+    answered = concise([row for row in rows if row.cell is None or not row.cell.is_text])
+    if any(row.exact.whole for row in answered):
+        yield "accuracy", accuracy(answered)
     if any(record.depth is not None for record in records):
         yield "depth", depth(records)
     if any(row.hits.whole for row in rows):
         yield "traffic", traffic(rows)
-    if any(row.kl.count for row in rows):
+    if any(row.kl.count for row in rows if row.cell is None):
         yield "divergence", divergence(rows)
+    if any(row.kl_by_length for row in rows):
+        yield "divergence_by_length", divergence_by_length(rows)
 
 
 def accuracy(rows: Sequence[Row]) -> Figure:
     """Score against budget, a panel per cell; a dashed line where no budget applies."""
+    if len({row.variant.budget for row in rows if row.variant.budget}) < 2:
+        return _accuracy_bars(rows)
     cells = list(dict.fromkeys(row.cell for row in rows))
     figure, panels = _panels(len(cells), 4.2, 3.2)
     for panel, cell in zip(panels, cells, strict=True):
@@ -41,6 +50,7 @@ def accuracy(rows: Sequence[Row]) -> Figure:
         by_name = _by_name(own)
         for number, (name, series) in enumerate(by_name.items()):
             style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "label": name}
+            marker = _line(number)["marker"]
             values = [row.exact.value for row in series]
             budgets = [row.variant.budget for row in series]
             if budgets == [None]:
@@ -54,16 +64,37 @@ def accuracy(rows: Sequence[Row]) -> Figure:
             # A little apart, so that intervals do not hide each other.
             shift = 1.012 ** (number - len(by_name) / 2)
             places = [budget * shift for budget in budgets if budget]
-            panel.errorbar(places, values, yerr=errors, marker="o", capsize=2, **style)
+            panel.errorbar(places, values, yerr=errors, marker=marker, ms=4, capsize=2, **style)
         _budget_axis(panel, own)
         panel.set(title=str(cell or "all questions"), ylim=(-0.03, 1.03), ylabel="score")
     _legend(figure, panels[-1])
     return figure
 
 
+def _accuracy_bars(rows: Sequence[Row]) -> Figure:
+    """Of one budget: a bar with its interval per variant, a panel per cell."""
+    cells = list(dict.fromkeys(row.cell for row in rows))
+    names = list(dict.fromkeys(str(row.variant) for row in rows))
+    figure, panels = _panels(len(cells), 4.6, 0.8 + 0.2 * len(names))
+    for panel, cell in zip(panels, cells, strict=True):
+        own = [row for row in rows if row.cell == cell]
+        values = [row.exact.value for row in own]
+        ends = [row.exact.interval for row in own]
+        errors = [
+            [max(0.0, v - low) for v, (low, _) in zip(values, ends, strict=True)],
+            [max(0.0, high - v) for v, (_, high) in zip(values, ends, strict=True)],
+        ]
+        panel.barh([str(row.variant) for row in own], values, xerr=errors, capsize=2)
+        panel.set(title=str(cell or "all questions"), xlim=(0, 1.03), xlabel="score")
+        panel.tick_params(labelsize=7)
+        panel.invert_yaxis()
+    return figure
+
+
 def depth(records: Sequence[Record]) -> Figure:
-    """Score by the depth of the evidence (down) and prompt length (across), per variant."""
-    placed = [record for record in records if record.depth is not None]
+    """Score by the depth of the evidence (down) and prompt length (across), per variant, at the
+    smallest budget."""
+    placed = [r for r in records if r.depth is not None and r.budget in (None, _smallest(records))]
     variants = list(dict.fromkeys(r.key[2] for r in placed))
     lengths = sorted({record.tokens for record in placed})
     figure, panels = _panels(len(variants), 1.4 + 0.7 * len(lengths), 2.8)
@@ -103,6 +134,38 @@ def divergence(rows: Sequence[Row]) -> Figure:
     )
     figure.axes[0].set_xscale("log")
     return figure
+
+
+def divergence_by_length(rows: Sequence[Row]) -> Figure:
+    """KL to dense attention along the forced text, a panel per text, on a logarithmic axis, at the
+    smallest budget."""
+    smallest = _smallest(row.variant for row in rows)
+    long = [
+        row
+        for row in rows
+        if row.kl_by_length and row.kl.value > 0 and row.variant.budget in (None, smallest)
+    ]
+    cells = list(dict.fromkeys(row.cell for row in long))
+    figure, panels = _panels(len(cells), 5.0, 3.6)
+    for panel, cell in zip(panels, cells, strict=True):
+        for number, row in enumerate(row for row in long if row.cell == cell):
+            steps = [BUCKET * (i + 0.5) for i in range(len(row.kl_by_length))]
+            values = [mean.value for mean in row.kl_by_length]
+            panel.plot(steps, values, label=str(row.variant), **_line(number))
+        panel.set_yscale("log")
+        panel.set(title=str(cell), xlabel="tokens decoded", ylabel="KL to dense, nats per step")
+    _legend(figure, panels[-1])
+    return figure
+
+
+def _smallest(budgeted: Iterable[Record | Variant]) -> int | None:
+    return min((found.budget for found in budgeted if found.budget), default=None)
+
+
+def _line(number: int) -> dict[str, Any]:
+    """Told apart by colour and marker."""
+    marker = MARKERS[number // len(COLOURS) % len(MARKERS)] if number >= 10 else "o"
+    return {"color": COLOURS[number % len(COLOURS)], "marker": marker, "markersize": 4}
 
 
 def _bars(panels: Sequence[tuple[str, Sequence[tuple[Variant, float]]]]) -> Figure:

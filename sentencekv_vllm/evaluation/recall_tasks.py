@@ -75,7 +75,7 @@ class RecallPrompt:
     next_target: str = ""
 
 
-def _paragraphs(rng: random.Random, sentences: Sequence[str]) -> Iterator[str]:
+def paragraphs(rng: random.Random, sentences: Sequence[str]) -> Iterator[str]:
     """Yield the sentences with the separator that precedes each of them."""
     left = 0
     for i, sentence in enumerate(sentences):
@@ -159,9 +159,9 @@ def make_prompt(
     if depth is not None:
         places = [depth + p * (1.0 - depth) * (i > 0) for i, p in enumerate(places)]
         places.sort()
-    body = _plant(rng, filler, query, places)
+    body = plant(rng, filler, query, places)
     while True:
-        text = "".join(_paragraphs(random.Random(seed), body))
+        text = "".join(paragraphs(random.Random(seed), body))
         if count_tokens(text + question) <= target_tokens:
             break
         body.remove(next(s for s in body if s in filler))
@@ -170,9 +170,10 @@ def make_prompt(
     )
 
 
-def _plant(
+def plant(
     rng: random.Random, filler: Sequence[str], query: Query, places: Sequence[float]
 ) -> list[str]:
+    """Filler with the needles at their places, 0 to 1, and distractors anywhere."""
     marks = [(p, s) for p, s in zip(places, query.needles, strict=True)]
     marks += [(rng.random(), s) for s in query.distractors]
     marks += [((i + 0.5) / max(1, len(filler)), s) for i, s in enumerate(filler)]

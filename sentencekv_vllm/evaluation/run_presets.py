@@ -30,6 +30,13 @@ PRESETS: dict[str, dict[str, str]] = {
         "--budgets": "192",
         "--items": "50",
     },
+    "long-text": {
+        "--tasks": "long_answers,long_filler",
+        "--contexts": "8192",
+        "--policies": "all",
+        "--budgets": "192,320",
+        "--items": "12",
+    },
     "ranking": {
         "--tasks": "niah_multiquery,variable_tracking,multi_turn_session",
         "--styles": "restated",

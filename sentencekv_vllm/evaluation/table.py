@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from .items import Cell
+from .items import ANY_LENGTH, Cell, pools
 from .kv_shape import KVShape
 from .records import Record
 from .share import Mean, Share
@@ -40,7 +40,7 @@ class Row:
         row: dict[str, Any] = {
             "task": cell.task if cell else "all",
             "style": cell.style if cell else "all",
-            "tokens": cell.tokens if cell else "all",
+            "tokens": cell.tokens if cell and cell.tokens != ANY_LENGTH else "all",
             "variant": self.variant.label,
             "budget": self.variant.budget,
         }
@@ -78,7 +78,7 @@ def summarise(
     variants: Sequence[Variant],
     kv_shape: KVShape | None = None,
 ) -> list[Row]:
-    """A row per cell and variant, then one per variant over all cells.
+    """A row per cell and variant, then per pool of cells, then one per variant over all cells.
 
     Only questions that every variant has answered count, so that rows are comparable. Bytes
     are unknown without `kv_shape`.
@@ -96,13 +96,20 @@ def summarise(
         _row(
             cell,
             variant,
-            [by_key[c, s, variant] for c, s in shared if c == cell or not (cell or c.is_text)],
+            [by_key[c, s, variant] for c, s in shared if _counts(cell, c)],
             solved,
             kv_shape,
         )
-        for cell in (*cells, None)
+        for cell in (*cells, *pools(cells), None)
         for variant in variants
     ]
+
+
+def _counts(cell: Cell | None, asked: Cell) -> bool:
+    """Long texts have no answers: they are not pooled."""
+    if asked.is_text:
+        return cell == asked
+    return cell is None or cell.covers(asked)
 
 
 def _row(

@@ -17,7 +17,7 @@ def write(path, *samples):
 
 
 def only(spec):
-    (problem,) = load_problems(spec, 10)
+    ((problem,),) = load_problems(spec, 10)
     return problem.cell.task, problem.make(lambda text: len(text.split()))
 
 
@@ -72,7 +72,7 @@ def test_infinitebench_scores_by_task(tmp_path):
 def test_a_file_is_read_up_to_the_number_of_items(tmp_path):
     sample = {"input": "x", "outputs": ["y"]}
     path = write(tmp_path / "vt" / "validation.jsonl", *[sample] * 5)
-    problems = load_problems(f"ruler:{path}", 3)
+    (problems,) = load_problems(f"ruler:{path}", 3)
     assert [problem.seed for problem in problems] == [0, 1, 2]
 
 

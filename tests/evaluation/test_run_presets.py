@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 
 from sentencekv_vllm.evaluation import engine_setup
+from sentencekv_vllm.evaluation.command import questions
 from sentencekv_vllm.evaluation.estimate import seconds
-from sentencekv_vllm.evaluation.items import interleave, make_cells, recall_problems
 from sentencekv_vllm.evaluation.options import parse
 from sentencekv_vllm.evaluation.run_presets import PRESETS
 from sentencekv_vllm.evaluation.variant import make_variants
@@ -17,8 +17,7 @@ from sentencekv_vllm.policies import POLICIES
 def asked(*given):
     options = parse(given, "")
     variants = make_variants(options.policies, options.budgets, options.ablation)
-    cells = make_cells(options.tasks, options.styles, options.contexts)
-    return options, variants, list(interleave(recall_problems(cells, options.items)))
+    return options, variants, questions(options)
 
 
 @pytest.mark.parametrize("name", PRESETS)
