@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +45,15 @@ WARM_UP = 4  # steps
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How much of the index is read."""
+
+    index_channels: int = DIM  # that it keeps
+    score_channels: float = 1.0  # share of them that a step reads
+    layer_share: int = 1  # layers for one that ranks
+
+
+@dataclass(frozen=True)
 class Setting:
     context: int  # tokens
     block_size: int
@@ -52,6 +62,7 @@ class Setting:
     reduce: Reduce
     retention: float
     drift: float
+    reading: Reading
 
 
 @dataclass(frozen=True)
@@ -129,14 +140,26 @@ def attention_op(
     return run
 
 
-def make_layers(ops: LayerOps, context: int, n: int, num_layers: int, seed: int = 0) -> Layers:
+def make_layers(
+    ops: LayerOps, context: int, n: int, num_layers: int, reading: Reading, seed: int = 0
+) -> Layers:
     generator = torch.Generator().manual_seed(seed)
     blocks = context // n
     sinks, recent = -(-SINKS // n), -(-RECENT // n)
     budget = BUDGET // n - sinks - recent
     working_set = 2 * budget
     rows_per_page = -(-n // 16)
-    geometry = Geometry(num_layers, HEADS, GROUP, DIM, n, rows_per_page, DIM**-0.5)
+    geometry = Geometry(
+        num_layers,
+        HEADS,
+        GROUP,
+        DIM,
+        n,
+        rows_per_page,
+        DIM**-0.5,
+        index_channels=reading.index_channels,
+    )
+    turn = rotation(DIM, geometry.index_dim)
     lengths = torch.randint(SENTENCE - 20, SENTENCE + 21, (context,), generator=generator)
     ends = lengths.cumsum(0)
     ends = torch.cat((ends[ends < context], torch.tensor([context]))).int()
@@ -159,7 +182,7 @@ def make_layers(ops: LayerOps, context: int, n: int, num_layers: int, seed: int 
         reduce=count(0),
         retention=torch.zeros(1),
         seed=count(0),
-        byte_rows=count(DIM // 8),
+        byte_rows=count(math.ceil(reading.score_channels * geometry.index_dim / 8)),
         step=0,
     )
     table = order[None, :blocks].contiguous()
@@ -174,9 +197,9 @@ def make_layers(ops: LayerOps, context: int, n: int, num_layers: int, seed: int 
     key_offset = torch.arange(n * DIM, dtype=torch.int32)
     pools, index_ms = [], []
     for layer in range(num_layers):
-        pool = empty_pools(content.roll(layer, 0), blocks, rows_per_page)
+        pool = empty_pools(content.roll(layer, 0), blocks, rows_per_page, geometry.index_dim)
         start = time.perf_counter()
-        ops.index_pages(pool, table[0], batch.pages[0], key_offset, rotation(DIM))
+        ops.index_pages(pool, table[0], batch.pages[0], key_offset, turn)
         ops.index_sentences(pool, rows.int(), spans, span_blocks, key_offset)
         index_ms.append(1e3 * (time.perf_counter() - start))
         pools.append(pool)
@@ -185,12 +208,12 @@ def make_layers(ops: LayerOps, context: int, n: int, num_layers: int, seed: int 
     return Layers(geometry, pools, batch, table, [short.clone() for _ in pools], min(index_ms))
 
 
-def empty_pools(cache: Tensor, pages: int, rows_per_page: int) -> LayerPools:
+def empty_pools(cache: Tensor, pages: int, rows_per_page: int, index_dim: int) -> LayerPools:
     n = cache.shape[2]
     return LayerPools(
         cache=cache,
         host=torch.zeros(pages, *cache.shape[1:], dtype=DTYPE),
-        bits=torch.zeros(pages, HEADS, DIM // 8, n, dtype=torch.uint8),
+        bits=torch.zeros(pages, HEADS, index_dim // 8, n, dtype=torch.uint8),
         scales=torch.zeros(pages, HEADS, n, dtype=torch.bfloat16),
         centroids=torch.zeros(pages * rows_per_page, HEADS, DIM, dtype=torch.bfloat16),
         kept=torch.zeros(pages * rows_per_page, HEADS, dtype=torch.uint8),
@@ -235,7 +258,7 @@ def time_ours(ops: LayerOps, layers: Layers, setting: Setting, steps: int) -> tu
         )
         for tables in layers.short_tables
     ]
-    turn, width = rotation(DIM), outs[0].head_tables.shape[2]
+    turn, width = rotation(DIM, geometry.index_dim), outs[0].head_tables.shape[2]
     caches = [pools.cache.view(-1, 1, n, 2 * DIM) for pools in layers.pools]
     tables = [out.head_tables.view(HEADS, width) for out in outs]
     state = torch.randn(len(outs), HEADS * GROUP, DIM, generator=generator)
@@ -256,7 +279,10 @@ def time_ours(ops: LayerOps, layers: Layers, setting: Setting, steps: int) -> tu
             grouped = query.view(HEADS, GROUP, DIM)
             out.stage_ns.zero_()
             start = time.thread_time_ns()
-            ops.decode_layer(geometry, layers.pools[layer], this_step, query, turn, out)
+            if layer % setting.reading.layer_share:
+                ops.reuse_selection(layers.pools[layer], this_step, out)
+            else:
+                ops.decode_layer(geometry, layers.pools[layer], this_step, query, turn, out)
             middle = time.thread_time_ns()
             run(grouped, caches[layer], tables[layer])
             end = time.thread_time_ns()
@@ -273,20 +299,28 @@ INDEXES = (
 
 
 def measure(
-    context: int, block_size: int, num_layers: int, drifts: Sequence[float], steps: int
+    context: int,
+    block_size: int,
+    num_layers: int,
+    drifts: Sequence[float],
+    steps: int,
+    reading: Reading,
 ) -> list[Result]:
     """Results of every index and drift."""
     torch.set_num_threads(1)
     if torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()  # a worker does it; the op dies without
     ops = load_layer_ops("cpu")
-    layers = make_layers(ops, context, block_size, num_layers)
+    layers = make_layers(ops, context, block_size, num_layers, reading)
     stock = time_stock(layers, max(2, steps // 4))
     results = []
     for kind, reduce, retention in INDEXES:
         for drift in drifts:
-            setting = Setting(context, block_size, num_layers, kind, reduce, retention, drift)
+            setting = Setting(
+                context, block_size, num_layers, kind, reduce, retention, drift, reading
+            )
             samples, hit_rate = time_ours(ops, layers, setting, steps)
+            samples = samples.unflatten(0, (-1, reading.layer_share)).mean(1)
             score, select, resolve, swap, attend, ours = samples.median(0).values.tolist()
             results.append(
                 Result(
@@ -311,6 +345,7 @@ def show(results: Sequence[Result]) -> None:
     first = results[0]
     setting = first.setting
     print(
+        f"\n{setting.reading}"
         f"\n{setting.context} tokens, block {setting.block_size}, {setting.num_layers} layers in "
         f"turn; indexing {first.index:.0f} ms a layer; ms, median and (min)"
     )
@@ -333,14 +368,18 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--drift", type=float, nargs="+", default=[0.0, 0.02, 0.2])
+    parser.add_argument("--index-channels", type=int, default=DIM)
+    parser.add_argument("--score-channels", type=float, default=1.0)
+    parser.add_argument("--layer-share", type=int, default=1, help="divides --layers")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--json", metavar="FILE", help="write the results here, too")
     args = parser.parse_args()
+    reading = Reading(args.index_channels, args.score_channels, args.layer_share)
     rows: list[Result] = []
     for context in args.context:
         for block_size in args.block_size:
             for num_layers in args.layers:
-                results = measure(context, block_size, num_layers, args.drift, args.steps)
+                results = measure(context, block_size, num_layers, args.drift, args.steps, reading)
                 show(results)
                 rows += results
     if args.json:

@@ -156,11 +156,19 @@ struct Avx512 {
   // Rows of 16 or 32 bytes, as many as fill a vector, or of 64; lanes of no row are 0.
   static Bytes load_rows(const uint8_t* p, const int64_t* offsets, int64_t count, int64_t width) {
     if (width == kBytes) return load(p + offsets[0]);
-    const uint64_t lanes = (uint64_t{1} << width) - 1;
-    Bytes v = zero();
-    for (int64_t r = 0; r < count; ++r)
-      v = _mm512_mask_loadu_epi8(v, lanes << (r * width), p + offsets[r] - r * width);
-    return v;
+    if (width == kBytes / 2) {
+      auto row = [&](int64_t r) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + offsets[r]));
+      };
+      const Bytes first = _mm512_zextsi256_si512(row(0));
+      return count > 1 ? _mm512_inserti64x4(first, row(1), 1) : first;
+    }
+    auto row = [&](int64_t r) {
+      return r < count ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + offsets[r]))
+                       : _mm_setzero_si128();
+    };
+    const __m256i low = _mm256_set_m128i(row(1), row(0)), high = _mm256_set_m128i(row(3), row(2));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
   }
   static Bytes low_nibbles(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
   static Bytes high_nibbles(Bytes v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
