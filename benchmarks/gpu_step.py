@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from gpu_layer import BLOCK, DEVICE, Layer
@@ -66,14 +65,20 @@ class Step:
 
     def advance(self) -> None:
         self._step += 1
+        self.ops.set_step(self._step)
         self.run()
 
     def run(self) -> None:
         """One step, as it would be captured."""
         layer = self.layer
-        batch = replace(layer.batch, step=self._step)
+        self.ops.begin_step(layer.batch)
+        self.run_layer()
+
+    def run_layer(self) -> None:
+        """What every layer of a step does."""
+        layer = self.layer
         self.ops.decode_layer(
-            layer.geometry, layer.pools, batch, layer.query, layer.rotation, layer.out
+            layer.geometry, layer.pools, layer.batch, layer.query, layer.rotation, layer.out
         )
         self.attend()
 

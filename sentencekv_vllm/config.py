@@ -81,6 +81,8 @@ class SentenceKVConfig:
     stay_dense_when_covered: bool = _option(True)
     """False: a history that the budget covers runs through the sparse path all the same,
     which shows that the path is exact."""
+    cuda_graphs: bool = _option(True)
+    """Record what a sparse step does in CUDA graphs; False launches every kernel from Python."""
     allow_untested_vllm: bool = _option(False)
 
     index_vectors: int | None = _option(None, low=1, high=2)

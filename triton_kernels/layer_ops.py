@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..ops.layer_ops import DecodeOutputs
@@ -27,8 +26,8 @@ class TritonOps:
     neither pages nor private blocks; `stage_ns` is left alone, since a host clock says
     nothing about kernels in a queue (profile by kernel name instead).
 
-    Capture in a CUDA graph records `decode_layer` once; before each replay the caller
-    updates the tensors of the batch in place and calls `set_step`.
+    `begin_step` and `decode_layer` may be recorded in CUDA graphs: before a replay the caller
+    updates the tensors of the batch in place and calls `set_step`, which is not recorded.
     """
 
     name = "triton"
@@ -37,8 +36,10 @@ class TritonOps:
         self._work = workspace
 
     def set_step(self, step: int) -> None:
-        """Tell the kernels of the next replay the value of `SparseBatch.step`."""
         self._work.step.fill_(step)
+
+    def begin_step(self, batch: SparseBatch) -> None:
+        locate_sentences(batch, self._work.first)
 
     def index_pages(
         self,
@@ -71,9 +72,6 @@ class TritonOps:
         out: DecodeOutputs,
     ) -> None:
         work = self._work
-        if not (query.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self.set_step(batch.step)  # a capture would replay the number it saw
-        locate_sentences(batch, work.first)
         quantize_query(query, rotation, work.levels, work.steps)
         score_sentences(geometry, pools, batch, query, work)
         select_blocks(geometry, pools, batch, work)

@@ -130,6 +130,12 @@ class CpuOps:
         if status:
             raise RuntimeError(FAILURES[status])
 
+    def set_step(self, step: int) -> None:
+        """Nothing: the batch has it."""
+
+    def begin_step(self, batch: SparseBatch) -> None:
+        """Nothing: a layer's call does all."""
+
     def decode_layer(
         self,
         geometry: Geometry,

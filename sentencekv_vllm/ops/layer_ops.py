@@ -56,6 +56,12 @@ class LayerOps(Protocol):
     ) -> None:
         """See `ops.index_sentences.index_sentences`."""
 
+    def set_step(self, step: int) -> None:
+        """Before the layers of a step: `SparseBatch.step`, where kernels read it from memory."""
+
+    def begin_step(self, batch: SparseBatch) -> None:
+        """Before the layers of a step: find out what all of them need of the batch."""
+
     def decode_layer(
         self,
         geometry: Geometry,
@@ -94,6 +100,12 @@ class ReferenceOps:
         self.index_pages = index_pages
         self.index_sentences = index_sentences
         self._selection: Selection | None = None
+
+    def set_step(self, step: int) -> None:
+        """Nothing: the batch has it."""
+
+    def begin_step(self, batch: SparseBatch) -> None:
+        """Nothing."""
 
     def decode_layer(
         self,

@@ -61,7 +61,15 @@ class MetadataBuilder(SplitBuilder, CPUAttentionMetadataBuilder):
 
 
 class Impl(SplitImpl, CPUAttentionBackendImpl):
-    def attend(self, query: Tensor, kv_cache: Tensor, tables: Tensor, call: CpuSparseCall) -> None:
+    def sparse_rows(
+        self, layer: int, query: Tensor, kv_cache: Tensor, call: CpuSparseCall, output: Tensor
+    ) -> None:
+        query = query.index_select(0, call.plan.tokens)
+        tables = call.runtime.rank(call.plan, layer, query)
+        self._attend(query, kv_cache, tables, call)
+        output.index_copy_(0, call.plan.tokens, call.output)
+
+    def _attend(self, query: Tensor, kv_cache: Tensor, tables: Tensor, call: CpuSparseCall) -> None:
         started = time.perf_counter_ns()
         geometry = call.runtime.geometry
         rows, heads, width = tables.shape

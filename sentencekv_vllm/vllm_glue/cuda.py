@@ -56,24 +56,28 @@ BASE: Any = stock_backend()
 
 @dataclass(frozen=True)
 class CudaSparseCall(SparseCall):
-    """Buffers of `sparse_decode`."""
+    """Buffers of `sparse_decode`, as persistent as the plan's."""
 
+    query: Tensor  # [>= S, Hq, D]
     scratch: DecodeScratch
-    lse: Tensor  # [S, Hq] float32
+    lse: Tensor  # [>= S, Hq] float32
 
 
-def scratch_for(runtime: Runtime, rows: int, tokens: int) -> DecodeScratch:
-    geometry = runtime.geometry
-    return DecodeScratch.allocate(
-        rows, geometry.num_query_heads, geometry.head_dim, tokens, runtime.device
-    )
-
-
-def sparse_buffers(runtime: Runtime, plan: StepPlan, scratch: DecodeScratch) -> CudaSparseCall:
+def sparse_call(runtime: Runtime, plan: StepPlan) -> CudaSparseCall:
+    """The plan with its buffers, which are made once for all steps on the same tensors."""
     geometry, cache = runtime.geometry, runtime.pools.layers[0].cache
-    shape = (len(plan.rows), geometry.num_query_heads)
-    output = torch.empty(*shape, geometry.head_dim, dtype=cache.dtype, device=cache.device)
-    return CudaSparseCall(runtime, plan, output, scratch, torch.empty(shape, device=cache.device))
+    rows, _, width = plan.out.head_tables.shape
+    heads, dim = geometry.num_query_heads, geometry.head_dim
+
+    def buffers() -> tuple[Tensor, Tensor, DecodeScratch, Tensor]:
+        output = torch.empty(rows, heads, dim, dtype=cache.dtype, device=cache.device)
+        tokens = width * geometry.block_size
+        scratch = DecodeScratch.allocate(rows, heads, dim, tokens, cache.device)
+        lse = torch.empty(rows, heads, device=cache.device)
+        return output, torch.empty_like(output), scratch, lse
+
+    output, query, scratch, lse = plan.graphs.once("attention", buffers)
+    return CudaSparseCall(runtime, plan, output, query, scratch, lse)
 
 
 def attend_sparse(
@@ -93,18 +97,31 @@ def attend_sparse(
     )
 
 
-class MetadataBuilder(SplitBuilder, BASE.get_builder_cls()):  # type: ignore[misc]
-    _scratch: DecodeScratch | None = None
-    _scratch_size = (0, 0)  # rows, tokens
+def run_layer(
+    layer: int, query: Tensor, kv_cache: Tensor, call: CudaSparseCall, output: Tensor, scale: float
+) -> None:
+    """The sparse rows of a layer: gather, one graph, scatter.
 
+    Args:
+        query: [num_tokens, Hq, D] of the whole batch.
+        kv_cache: [B, H, N, 2D] of the layer.
+        output: [num_tokens, Hq, D], written at the plan's tokens.
+    """
+    runtime, plan = call.runtime, call.plan
+    torch.index_select(query, 0, plan.tokens, out=call.query)
+
+    def work() -> None:
+        tables = runtime.rank(plan, layer, call.query)
+        attend_sparse(call.query, kv_cache, tables, call, scale)
+
+    plan.graphs.run((layer, *plan.variant), work)
+    count = len(plan.rows)
+    output.index_copy_(0, plan.tokens[:count], call.output[:count])
+
+
+class MetadataBuilder(SplitBuilder, BASE.get_builder_cls()):  # type: ignore[misc]
     def sparse_call(self, runtime: Runtime, plan: StepPlan) -> CudaSparseCall:
-        rows, _, width = plan.out.head_tables.shape
-        tokens, have = width * runtime.geometry.block_size, self._scratch_size
-        if self._scratch is None or rows > have[0] or tokens > have[1]:
-            # Grown between steps, never between layers.
-            self._scratch_size = max(rows, have[0]), max(2 * tokens, have[1])
-            self._scratch = scratch_for(runtime, *self._scratch_size)
-        return sparse_buffers(runtime, plan, self._scratch)
+        return sparse_call(runtime, plan)
 
 
 class Impl(SplitImpl, BASE.get_impl_cls()):  # type: ignore[misc]
@@ -117,19 +134,20 @@ class Impl(SplitImpl, BASE.get_impl_cls()):  # type: ignore[misc]
                 "backend for this model."
             )
 
-    def attend(self, query: Tensor, kv_cache: Tensor, tables: Tensor, call: CudaSparseCall) -> None:
-        attend_sparse(query, kv_cache, tables, call, self.scale)
+    def sparse_rows(
+        self, layer: int, query: Tensor, kv_cache: Tensor, call: CudaSparseCall, output: Tensor
+    ) -> None:
+        run_layer(layer, query, kv_cache, call, output, self.scale)
 
 
 def prepare(runtime: Runtime) -> None:
-    """Compile the kernels now: no request waits for it, and what cannot run fails at start-up."""
+    """Compile the kernels and capture a graph now: no request waits for it, and what cannot run
+    fails at start-up."""
     geometry, cache = runtime.geometry, runtime.pools.layers[0].cache
 
     def attend(plan: StepPlan, query: Tensor) -> None:
-        tables = plan.out.head_tables
-        scratch = scratch_for(runtime, 1, tables.shape[2] * geometry.block_size)
-        call = sparse_buffers(runtime, plan, scratch)
-        attend_sparse(query, cache, tables, call, geometry.scale)
+        call = sparse_call(runtime, plan)
+        run_layer(0, query, cache, call, torch.empty_like(query), geometry.scale)
 
     warm_up(runtime, attend)
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..worker.observations import Observed
-from .metadata import SentenceKVMetadata, SparseCall, current_runtime
+from .metadata import SentenceKVMetadata, current_runtime
 
 
 class SplitImpl:
@@ -77,18 +77,11 @@ class SplitImpl:
         if split.observed is not None:
             self._observe(layer.layer_name, query, split.observed)
         if split.sparse is not None:
-            self._sparse_rows(layer.layer_name, query, kv_cache, split.sparse, output)
+            call, geometry = split.sparse, split.sparse.runtime.geometry
+            rows = (-1, geometry.num_query_heads, geometry.head_dim)
+            index = call.runtime.layer_index[layer.layer_name]
+            self.sparse_rows(index, query.view(rows), kv_cache, call, output.view(rows))
         return output
-
-    def _sparse_rows(
-        self, layer_name: str, query: Tensor, kv_cache: Tensor, call: SparseCall, output: Tensor
-    ) -> None:
-        runtime, plan, geometry = call.runtime, call.plan, call.runtime.geometry
-        rows = (-1, geometry.num_query_heads, geometry.head_dim)
-        query = query.view(rows).index_select(0, plan.tokens)
-        tables = runtime.rank(plan, runtime.layer_index[layer_name], query)
-        self.attend(query, kv_cache, tables, call)
-        output.view(rows).index_copy_(0, plan.tokens, call.output)
 
     def _observe(self, layer_name: str, query: Tensor, observed: Observed) -> None:
         runtime = current_runtime()
@@ -98,12 +91,15 @@ class SplitImpl:
         runtime.observations.put(runtime.layer_index[layer_name], rows, observed)
 
     @abstractmethod
-    def attend(self, query: Tensor, kv_cache: Tensor, tables: Tensor, call: Any) -> None:
-        """Attention of the sparse rows into `call.output`.
+    def sparse_rows(
+        self, layer: int, query: Tensor, kv_cache: Tensor, call: Any, output: Tensor
+    ) -> None:
+        """Rank and attend for the sparse rows.
 
         Args:
-            query: [S, Hq, D] contiguous.
+            layer: index of the layer.
+            query: [num_tokens, Hq, D] of the whole batch.
             kv_cache: [B, H, N, 2D] of the layer.
-            tables: [S, H, W] int32 of head-block ids `b * H + h`.
             call: what the platform's builder prepared.
+            output: [num_tokens, Hq, D], written at the plan's tokens.
         """

@@ -24,7 +24,7 @@ class SparseCall:
 
     runtime: Runtime
     plan: StepPlan
-    output: Tensor  # [S, Hq, D]
+    output: Tensor  # [>= S, Hq, D]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ..config import ConfigError
 from ..ops.load import Sizes, make_layer_ops
 from ..resolved import ResolvedConfig, blocks
 from ..types import Geometry
+from ..worker.graphs import CudaGraphs
 from ..worker.runtime import Runtime
 from ..worker.tables import rounded_up
 from . import full_graphs
@@ -53,6 +54,8 @@ def build_runtime(
         index_channels=resolved.index_dim,
         host_format=resolved.host_format,
     )
+    sizes = _sizes(vllm_config, resolved, geometry, caches[0].device)
+    on_gpu = sizes.device.type == "cuda"
     try:
         runtime = Runtime(
             geometry,
@@ -61,10 +64,12 @@ def build_runtime(
             num_pages=resolved.num_pages,
             num_slots=vllm_config.scheduler_config.max_num_seqs,
             working_set_blocks=resolved.working_set_blocks,
-            ops=make_layer_ops(_sizes(vllm_config, resolved, geometry, caches[0].device)),
+            ops=make_layer_ops(sizes),
             layer_names=names,
             layer_share=resolved.config.layer_share,
             observation_window=resolved.observation_window,
+            sizes=sizes if on_gpu else None,
+            new_graph=CudaGraphs(sizes.device) if on_gpu and resolved.config.cuda_graphs else None,
         )
     except torch.OutOfMemoryError as error:
         raise ConfigError(
@@ -103,10 +108,13 @@ def _sizes(
     # A sparse request has a host page for every block of sinks and history.
     covered = resolved.working_set_blocks if config.stay_dense_when_covered else 0
     shortest = resolved.sink_blocks + covered + 1
+    fit = max(1, pages // shortest)
+    if resolved.observation_window:  # compacted requests hold no pages
+        fit = vllm_config.scheduler_config.max_num_seqs
     return Sizes(
         geometry=geometry,
         device=device,
-        max_requests=max(1, min(vllm_config.scheduler_config.max_num_seqs, pages // shortest)),
+        max_requests=min(vllm_config.scheduler_config.max_num_seqs, fit),
         max_pages=rounded_up(min(blocks(tokens, n), pages)),
         # All sentences of a prompt are told at once; its last one may be short.
         max_sentences=rounded_up(blocks(tokens, min(config.min_sentence_tokens, n)) + 1),

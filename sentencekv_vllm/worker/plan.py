@@ -13,17 +13,22 @@ from torch import Tensor
 from ..messages import Int32s, SparseRows
 from ..ops.layer_ops import DecodeOutputs
 from ..types import SparseBatch
+from .graphs import Graphs
 from .transfer import Tallies
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Rows, tables and buffers of the step's sparse requests, on the device."""
+    """Rows, tables and buffers of the step's sparse requests, on the device.
+
+    Tensors that are no request's rows but the device's have S rows or more: those behind the
+    requests' are no-ops.
+    """
 
     step: int
     batch: SparseBatch
-    rows: Tensor  # [S] int64: the requests' rows in the batch
-    tokens: Tensor  # [S] int64: positions of their query tokens in the batch
+    rows: Tensor  # [S] int64: the requests' rows in the batch, none else
+    tokens: Tensor  # [>= S] int64: positions of their query tokens in the batch
     slots: Tensor  # [S] int64
     host_slots: Int32s  # [S], -1 once the request has ended
     seq_lens: Tensor  # [S] int32: tokens attended to
@@ -35,6 +40,12 @@ class StepPlan:
     restarts: (
         Tensor  # [S] bool: the query of this step is the first of the mean, or has none before
     )
+    graphs: Graphs  # of work on these tensors
+
+    @property
+    def variant(self) -> tuple[bool, ...]:
+        """What of a layer's work depends on the plan beyond its tensors: part of a graph's key."""
+        return bool(self.compacted.all()), self.running is None, self.previous is None
 
 
 def table_width(rows: SparseRows, budget: Int32s, block_size: int) -> int:

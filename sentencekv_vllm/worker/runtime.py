@@ -5,28 +5,31 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..messages import Int32s, ObservedRows, SparseRows, StepMessage, StepReport
-from ..ops.layer_ops import DecodeOutputs, LayerOps
+from ..ops.layer_ops import LayerOps
+from ..ops.load import Sizes
 from ..ops.rotation import rotation
 from ..ops.token_layout import TokenLayout
-from ..types import Geometry, QueryKind
+from ..types import Geometry
 from .copy_stream import CopyStream, copy_stream
+from .device_planner import DevicePlanner
 from .election import Election
+from .graphs import Graph
 from .observations import Observations, Observed
-from .plan import StepPlan, head_tables, table_width
+from .plan import StepPlan
+from .planner import STAGES, HostPlanner, Planner, StepFacts
 from .pools import Pools
 from .query_mean import QueryMean
 from .query_previous import QueryPrevious
 from .tables import Tables
-from .transfer import Array, Tallies, upload
+from .transfer import Array, upload
 
-STAGES = ("score", "select", "resolve", "swap")
 STEPS_IN_FLIGHT = 2  # vLLM schedules a step once the one before the last has returned
 
 
@@ -46,6 +49,8 @@ class Runtime:
         copies: CopyStream | None = None,
         layer_share: int = 1,
         observation_window: int = 0,
+        sizes: Sizes | None = None,
+        new_graph: Callable[[], Graph] | None = None,
     ) -> None:
         """Allocate everything.
 
@@ -61,6 +66,9 @@ class Runtime:
             layer_share: consecutive layers that attend to what the first of them selects.
             observation_window: last prompt tokens whose queries may vote.
             copies: where copy-out is queued; by default what suits the device of `caches`.
+            sizes: the largest step, for tensors that are allocated once; None: every step makes
+                its own, which is as good where no device is told of them.
+            new_graph: records what a step does on such tensors; None: nothing is recorded.
         """
         self.geometry = geometry
         self.layer_index = {name: i for i, name in enumerate(layer_names)}
@@ -74,8 +82,14 @@ class Runtime:
             geometry.rows_per_page,
             self.device,
         )
-        self.query_mean = QueryMean(geometry, num_slots)
-        self.query_previous = QueryPrevious(geometry, num_slots)
+        self._planner: Planner = (
+            HostPlanner(geometry, self.tables, ops, self.device)
+            if sizes is None
+            else DevicePlanner(geometry, self.tables, ops, sizes, new_graph)
+        )
+        # One row more than slots, for the rows of a step that are nobody's.
+        self.query_mean = QueryMean(geometry, num_slots + 1)
+        self.query_previous = QueryPrevious(geometry, num_slots + 1)
         self.counters: Counter[str] = Counter()
         self.rotation = rotation(geometry.head_dim, geometry.index_dim).to(self.device)
         self._layer_share = layer_share
@@ -176,46 +190,9 @@ class Runtime:
         if rows is None:
             return None
         found = self._find(rows, slot_mapping, last_tokens)
-        batch = self.tables.batch(rows, self._step)
-        options = self.tables.options
-        budget = np.minimum(options["budget_blocks"][rows.slots], rows.history_hi - rows.history_lo)
-        query_kind = options["query_kind"][rows.slots]
-        running = query_kind == QueryKind.RUNNING_MEAN
-        previous = query_kind == QueryKind.PREVIOUS
-        arrays = [found, last_tokens.numpy()[found], rows.slots.astype(np.int64), rows.seq_lens]
-        arrays += [running, previous, rows.restarts, rows.history_hi, budget]
-        index, tokens, slots, seq_lens, is_running, is_previous, restarts, history_hi, columns = (
-            upload(arrays, self.device)
-        )
-        tables, lengths = head_tables(
-            block_table.index_select(0, index),
-            batch.private_blocks,
-            batch.history_lo,
-            history_hi,
-            columns,
-            seq_lens,
-            table_width(rows, budget, self.geometry.block_size),
-            self.geometry.block_size,
-            self.geometry.num_kv_heads,
-        )
-        tallies = Tallies(len(found), len(STAGES), self.device)
         self._planned = self._step
-        self._plan = StepPlan(
-            step=self._step,
-            batch=batch,
-            rows=index,
-            tokens=tokens,
-            slots=slots,
-            host_slots=rows.slots.copy(),
-            seq_lens=lengths,
-            out=DecodeOutputs(
-                tables, tallies.hits, tallies.misses, tallies.coverage, tallies.stage_ns
-            ),
-            tallies=tallies,
-            compacted=options["compacts"][rows.slots].astype(bool),
-            running=is_running if running.any() else None,
-            previous=is_previous if previous.any() else None,
-            restarts=restarts,
+        self._plan = self._planner.plan(
+            StepFacts(self._step, rows, found, last_tokens.numpy()[found], block_table)
         )
         return self._plan
 

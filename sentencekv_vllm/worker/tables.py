@@ -84,6 +84,7 @@ class Tables:
         self.pages = GrowingTable(num_slots)
         self.row_pages = GrowingTable(num_slots)
         self.ends = GrowingTable(num_slots)
+        self.owners = np.zeros(num_slots, np.int64)  # counts the requests that had the slot
         self.num_indexed = np.zeros(num_slots, np.int32)  # sentences with an index entry
         self.private = np.zeros((num_slots, max(1, working_set_blocks)), np.int32)
         self.retention = np.zeros(num_slots, np.float32)
@@ -94,6 +95,7 @@ class Tables:
         for table in (self.blocks, self.pages, self.row_pages, self.ends):
             table.counts[slot] = 0
         self.num_indexed[slot] = 0
+        self.owners[slot] += 1
         self._batch = None
 
     def apply(self, update: RequestUpdate) -> NewSentences | None:

@@ -57,11 +57,11 @@ def upload_packed(tensors: Sequence[Tensor], device: torch.device) -> list[Tenso
     return packing.views(staging.to(device, non_blocking=True))
 
 
-class Tallies:
-    """What the layers of a step add up, zero at first, fetched to the host in one copy."""
+class Totals:
+    """What the layers of a step add up, on the device, in one piece of memory."""
 
     def __init__(self, num_rows: int, num_stages: int, device: torch.device) -> None:
-        self._packing = Packing(
+        self.packing = Packing(
             [
                 ((num_rows,), torch.int64),
                 ((num_rows,), torch.int64),
@@ -69,22 +69,42 @@ class Tallies:
                 ((num_rows,), torch.float32),
             ]
         )
-        self._buffer = torch.zeros(self._packing.num_bytes, dtype=torch.uint8, device=device)
+        self.buffer = torch.zeros(self.packing.num_bytes, dtype=torch.uint8, device=device)
+        self.hits, self.misses, self.stage_ns, self.coverage = self.packing.views(self.buffer)
+
+    def zero(self) -> None:
+        self.buffer.zero_()
+
+
+class Tallies:
+    """A step's totals on their way to the host, in one copy."""
+
+    def __init__(self, totals: Totals, num_rows: int, shared: bool = False) -> None:
+        """Take them over.
+
+        Args:
+            num_rows: the first ones, which belong to requests.
+            shared: a later step adds up in the same memory.
+        """
+        self._packing, self._buffer = totals.packing, totals.buffer
+        self._num_rows, self._shared = num_rows, shared
         self._copied: torch.cuda.Event | None = None
-        self.hits, self.misses, self.stage_ns, self.coverage = self._packing.views(self._buffer)
 
     def start_fetch(self) -> None:
-        """Queue the copy; on the CPU there is nothing to do."""
+        """Queue the copy; on the CPU there is nothing to wait for."""
         if self._buffer.is_cuda:
             on_host = torch.empty(self._packing.num_bytes, dtype=torch.uint8, pin_memory=True)
             on_host.copy_(self._buffer, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
             self._buffer = on_host
+        elif self._shared:
+            self._buffer = self._buffer.clone()
 
     def fetched(self) -> tuple[Array, Array, Array, Array]:
         """hits, misses, stage_ns, coverage; waits for the copy where it is not done yet."""
         if self._copied is not None:
             self._copied.synchronize()
-        hits, misses, stage_ns, coverage = self._packing.views(self._buffer)
-        return hits.numpy(), misses.numpy(), stage_ns.numpy(), coverage.numpy()
+        hits, misses, stage_ns, coverage = (t.numpy() for t in self._packing.views(self._buffer))
+        n = self._num_rows
+        return hits[:n], misses[:n], stage_ns, coverage[:n]

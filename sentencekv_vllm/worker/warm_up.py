@@ -18,13 +18,15 @@ NAME = "warm-up"
 
 
 def warm_up(runtime: Runtime, attend: Callable[[StepPlan, Tensor], None]) -> None:
-    """Copy out, index, rank and attend once for each kind of index, in the first layer.
+    """Copy out, index, rank and attend for each kind of index, in the first layer, often enough
+    for a graph of it.
 
     Nobody may use the KV cache yet: blocks are overwritten. Pools and tables are as new
     afterwards.
 
     Args:
-        attend: the attention of the sparse rows, given the plan and the queries [1, Hq, D].
+        attend: ranking and attention of the sparse rows in the first layer, given the plan and
+            the queries [1, Hq, D].
     """
     geometry, tables = runtime.geometry, runtime.tables
     n, working_set = geometry.block_size, tables.private.shape[1]
@@ -35,7 +37,17 @@ def warm_up(runtime: Runtime, attend: Callable[[StepPlan, Tensor], None]) -> Non
         return  # no request of this engine will be sparse
     cache[0].normal_()  # any numbers; the null block stands in for all of the history
     kinds = (IndexKind.TOKEN_BITS, QueryKind.PREVIOUS), (IndexKind.CENTROID, QueryKind.RUNNING_MEAN)
-    for step, (kind, query_kind) in enumerate(kinds):
+    pages, zero, step = [*range(history)], np.zeros(1, np.int32), 0
+    rows = SparseRows(
+        slots=zero,
+        tail_blocks=zero,
+        history_lo=zero,
+        history_hi=zero + history,
+        seq_lens=zero + history * n + 1,
+        restarts=np.ones(1, np.bool_),
+        request_ids=[NAME],
+    )
+    for kind, query_kind in kinds:
         options = DecodeOptions(
             index_kind=int(kind),
             reduce=int(Reduce.SOFTMAX_MEAN),
@@ -45,7 +57,6 @@ def warm_up(runtime: Runtime, attend: Callable[[StepPlan, Tensor], None]) -> Non
             seed=0,
             byte_rows=geometry.index_dim // 8,
         )
-        pages = [*range(history)]
         update = RequestUpdate(
             slot=0,
             options=options,
@@ -55,28 +66,18 @@ def warm_up(runtime: Runtime, attend: Callable[[StepPlan, Tensor], None]) -> Non
             sentence_ends=np.arange(n, history * n + 1, n, dtype=np.int32),
             private_blocks=[*range(1, working_set + 1)],
         )
-        zero = np.zeros(1, np.int32)
-        rows = SparseRows(
-            slots=zero,
-            tail_blocks=zero,
-            history_lo=zero,
-            history_hi=zero + history,
-            seq_lens=zero + history * n + 1,
-            restarts=np.ones(1, np.bool_),
-            request_ids=[NAME],
-        )
-        runtime.apply(StepMessage(step, [0] if step else [], [update], rows, frees=True))
-        runtime.set_batch_order([NAME])
-        plan = runtime.plan(
-            block_table=torch.zeros(1, history + 1, dtype=torch.int32, device=runtime.device),
-            slot_mapping=torch.zeros(1, dtype=torch.int64, device=runtime.device),
-            last_tokens=torch.zeros(1, dtype=torch.int64),
-        )
-        assert plan is not None
-        query = torch.randn(
-            1, geometry.num_query_heads, geometry.head_dim, dtype=cache.dtype, device=runtime.device
-        )
-        runtime.rank(plan, 0, query)
-        attend(plan, query)
+        for updates in ([update], [], []):  # compiled, captured, replayed
+            dropped = [0] if updates and step else []
+            runtime.apply(StepMessage(step, dropped, updates, rows, frees=True))
+            step += 1
+            runtime.set_batch_order([NAME])
+            plan = runtime.plan(
+                block_table=torch.zeros(1, history + 1, dtype=torch.int32, device=runtime.device),
+                slot_mapping=torch.zeros(1, dtype=torch.int64, device=runtime.device),
+                last_tokens=torch.zeros(1, dtype=torch.int64),
+            )
+            assert plan is not None
+            shape = (1, geometry.num_query_heads, geometry.head_dim)
+            attend(plan, torch.randn(shape, dtype=cache.dtype, device=runtime.device))
     cache[0].zero_()
     runtime.reset()

@@ -31,10 +31,10 @@ class Message:
 class FakeRuntime:
     """Knows of sparse rows from the message on, as `Runtime` does."""
 
-    has_sparse_rows = False
+    acts_in_layers = False
 
     def apply(self, message):
-        self.has_sparse_rows = message.sparse
+        self.acts_in_layers = message.sparse
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_v2_takes_full_graphs_for_steps_without_sparse_rows_alone(runtime, mode,
 
 def test_v2_dummy_runs_are_left_alone(runtime, installed):
     installed(is_v2=True)
-    runtime.has_sparse_rows = True
+    runtime.acts_in_layers = True
     chosen = v2_mode(v2_manager(MODES[0]), 4, False, dummy_run=True)
     assert chosen.cg_mode is CUDAGraphMode.FULL
 
@@ -137,12 +137,12 @@ def test_v1_takes_full_graphs_for_steps_without_sparse_rows_alone(
     dispatcher = v1_dispatcher(mode)
     arguments = {"num_tokens": num_tokens, "uniform_decode": True, "valid_modes": None}
     assert dispatcher.dispatch(**arguments)[0] is CUDAGraphMode.FULL
-    runtime.has_sparse_rows = True
+    runtime.acts_in_layers = True
     assert dispatcher.dispatch(**arguments)[0] is mode.mixed_mode()
     # The data-parallel ranks agreed on the mode before.
     agreed = arguments | {"valid_modes": frozenset({mode.mixed_mode()})}
     assert dispatcher.dispatch(**agreed)[0] is mode.mixed_mode()
-    runtime.has_sparse_rows = False
+    runtime.acts_in_layers = False
     assert dispatcher.dispatch(**arguments)[0] is CUDAGraphMode.FULL
 
 

@@ -16,6 +16,8 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 from vllm.forward_context import override_forward_context  # noqa: E402
 from vllm.v1.attention.backend import (  # noqa: E402
     AttentionCGSupport,
@@ -33,6 +35,7 @@ from sentencekv_vllm.messages import (  # noqa: E402
     StepMessage,
 )
 from sentencekv_vllm.ops.layer_ops import ReferenceOps  # noqa: E402
+from sentencekv_vllm.ops.load import Sizes  # noqa: E402
 from sentencekv_vllm.triton_kernels.layer_ops import TritonOps  # noqa: E402
 from sentencekv_vllm.triton_kernels.workspace import Workspace  # noqa: E402
 from sentencekv_vllm.types import Geometry  # noqa: E402
@@ -84,23 +87,27 @@ def unified_attention(q, k, v, out, cu_seqlens_q, seqused_k, block_table, **_):
         out.view(-1, HEADS * GROUP, D)[rows] = attention(q[rows], cache, table, length).to(q.dtype)
 
 
+SIZES = Sizes(
+    GEOMETRY, CPU, max_requests=2, max_pages=12, max_sentences=40, max_selected=len(PRIVATE)
+)
+
+
 def triton_ops():
-    return TritonOps(
-        Workspace.allocate(
-            GEOMETRY,
-            max_requests=2,
-            max_pages=12,
-            max_sentences=40,
-            max_selected=len(PRIVATE),
-            device=CPU,
-        )
-    )
+    limits = (SIZES.max_requests, SIZES.max_pages, SIZES.max_sentences, SIZES.max_selected)
+    return TritonOps(Workspace.allocate(GEOMETRY, *limits, CPU))
+
+
+class Graph:
+    """A graph without a GPU: the work it has seen, done again on the tensors it has seen."""
+
+    def capture(self, work):
+        self.replay = work
 
 
 class Worker:
     """A V2 worker reduced to what concerns attention and the connector."""
 
-    def __init__(self, ops, budget, monkeypatch):
+    def __init__(self, ops, budget, monkeypatch, new_graph=None):
         generator = torch.Generator().manual_seed(3)
         self.caches = [
             torch.randn(BLOCKS, HEADS, N, 2 * D, generator=generator).half() for _ in range(LAYERS)
@@ -120,6 +127,8 @@ class Worker:
             working_set_blocks=len(PRIVATE),
             ops=ops,
             layer_names=NAMES,
+            sizes=None if new_graph is None else SIZES,
+            new_graph=new_graph,
         )
         self.runtime = connector.runtime
         self.patch = monkeypatch
@@ -278,6 +287,71 @@ def test_both_ops_select_and_attend_alike_under_a_budget(monkeypatch):
 
 
 @pytest.mark.slow
+def test_replayed_graphs_equal_the_eager_steps(monkeypatch):
+    eager, replayed = (Worker(triton_ops(), 3, monkeypatch, graph) for graph in (None, Graph))
+    for order in (*ORDERS, [SHORT, LONG]):
+        ours, theirs = replayed.run(order), eager.run(order)
+        for (a, _), (b, _) in zip(ours, theirs, strict=True):
+            assert all(torch.equal(a[r], b[r]) for r in order)
+    for name in ("page_slot", "slot_page", "slot_stamp", "kept"):
+        one, other = (getattr(worker.runtime.pools, name) for worker in (eager, replayed))
+        assert torch.equal(one, other), name
+    (tensors,) = replayed.runtime._planner._buffers.values()
+    assert sum(graph is not None for graph in tensors.graphs._graphs.values()) == 1 + LAYERS
+
+
+class Launches(TorchDispatchMode):
+    """Counts torch's ops that are no views, and Triton's launches."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.torch, self.triton = [], 0
+        run = InterpretedFunction.run
+
+        def counted(function, *args, **kwargs):
+            self.triton += 1
+            return run(function, *args, **kwargs)
+
+        monkeypatch.setattr(InterpretedFunction, "run", counted)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.torch.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_launches_of_a_layer(monkeypatch, replayed):
+    """The figures of docs/performance.md."""
+
+    class Replayed(Graph):
+        def replay(self):
+            """One launch, whatever is in it."""
+
+        def capture(self, work):
+            pass
+
+    worker = Worker(triton_ops(), 3, monkeypatch, Replayed)
+    worker.layer = lambda i, built, *rest: built[NAMES[i]].split
+    for _ in range(1 + replayed):
+        split = worker.run([LONG])[0]
+    call, cache = split.sparse, worker.caches[0]
+    heads = (1, HEADS * GROUP, D)
+    arguments = (torch.zeros(heads).half(), cache, call, torch.zeros(heads).half(), 1.0)
+    if replayed:
+        cuda.run_layer(0, *arguments)
+    with Launches(monkeypatch) as launches:
+        cuda.run_layer(0, *arguments)
+    around = ["index_select", "index_copy_"]
+    assert [name for name in launches.torch if name in around] == around
+    if replayed:
+        assert launches.torch == around and launches.triton == 0
+    else:
+        assert launches.torch.count("zero_") == 1  # of num_misses, which CudaOps does not have
+        assert launches.triton == 9
+
+
+@pytest.mark.slow
 def test_rows_found_by_name_are_the_rows_found_by_the_block_they_write(monkeypatch):
     by_name, by_block = (Worker(ReferenceOps(), 3, monkeypatch) for _ in range(2))
     for order in ORDERS[1:]:
@@ -305,7 +379,7 @@ def test_warming_up_runs_every_stage_and_leaves_nothing_behind(monkeypatch):
 
     monkeypatch.setattr(cuda, "attend_sparse", attend)
     cuda.prepare(runtime)
-    assert len(calls) == 2 and not any(output.isnan().any() for output in calls)
+    assert len(calls) == 6 and not any(output.isnan().any() for output in calls)
     assert not runtime.has_sparse_rows and not runtime.take_counters()
     assert runtime.take_report() is None and not runtime.tables.pages.counts.any()
     pools = runtime.pools

@@ -36,6 +36,9 @@ class Twin:
     def decode(self, step: int, query: torch.Tensor) -> None:
         case = self.case
         batch = replace(case.batch, step=step)
+        if not (query.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.ops.set_step(step)  # a graph would replay the number it saw
+        self.ops.begin_step(batch)
         self.ops.decode_layer(case.geometry, case.pools, batch, query, case.rotation, self.out)
 
     def reuse(self) -> None:

@@ -21,6 +21,13 @@ def outputs(case, device):
     )
 
 
+def decode(ops, case, batch, query, out):
+    """A step of one layer."""
+    ops.set_step(batch.step)
+    ops.begin_step(batch)
+    ops.decode_layer(case.geometry, case.pools, batch, query, case.rotation, out)
+
+
 def content(case, tables, s, h, budget):
     """Head-blocks that a row of the head table names, in its order."""
     lo, heads = int(case.batch.history_lo[s]), case.geometry.num_kv_heads
@@ -49,13 +56,15 @@ def test_steps_equal_the_reference(build, kernels, workspace, head_dim, group):
     for step in range(5, 8):
         drift = torch.randn(case.query.shape, generator=generator).to(case.query.dtype)
         query = case.query + drift / 4
-        for one, run, out in (
-            (expected, ReferenceOps().decode_layer, expected_out),
-            (actual, ops.decode_layer, actual_out),
+        for one, its, out in (
+            (expected, ReferenceOps(), expected_out),
+            (actual, ops, actual_out),
         ):
             batch = replace(one.batch, step=step)
             device = one.query.device
-            run(one.geometry, one.pools, batch, query.to(device), one.rotation, out)
+            its.set_step(step)
+            its.begin_step(batch)
+            its.decode_layer(one.geometry, one.pools, batch, query.to(device), one.rotation, out)
         for s, budget in enumerate(case.batch.budget_blocks.tolist()):
             for h in range(case.geometry.num_kv_heads):
                 assert torch.equal(
@@ -102,9 +111,7 @@ def test_requests_do_not_see_each_other(build, kernels, workspace):
 
     case = build(build.row(tokens=300), build.row(tokens=577), build.row(tokens=0))
     together, out = case.to(kernels), outputs(case, kernels)
-    TritonOps(workspace(case, kernels)).decode_layer(
-        together.geometry, together.pools, together.batch, together.query, together.rotation, out
-    )
+    decode(TritonOps(workspace(case, kernels)), together, together.batch, together.query, out)
     alone, single = case.to(kernels), outputs(case, kernels)
     only = {
         name: getattr(alone.batch, name)[1:2]
@@ -112,9 +119,7 @@ def test_requests_do_not_see_each_other(build, kernels, workspace):
         if isinstance(value, torch.Tensor)
     }
     batch = replace(alone.batch, **only)
-    TritonOps(workspace(case, kernels)).decode_layer(
-        alone.geometry, alone.pools, batch, alone.query[1:2], alone.rotation, single
-    )
+    decode(TritonOps(workspace(case, kernels)), alone, batch, alone.query[1:2], single)
     assert torch.equal(single.head_tables[0], out.head_tables[1])
 
 
@@ -129,14 +134,13 @@ def test_a_captured_graph_replays_new_steps(build, kernels, workspace):
     query = actual.query.clone()
 
     def layer():
+        ops.begin_step(actual.batch)
         ops.decode_layer(
             actual.geometry, actual.pools, actual.batch, query, actual.rotation, actual_out
         )
 
     warm = case.to(kernels)  # compiles on tables of its own
-    ops.decode_layer(
-        warm.geometry, warm.pools, warm.batch, query, warm.rotation, outputs(case, kernels)
-    )
+    decode(ops, warm, warm.batch, query, outputs(case, kernels))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         layer()

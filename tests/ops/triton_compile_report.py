@@ -120,6 +120,7 @@ def launch_all(
     ops.index_pages(pools, ids, ids, ids, rotation)
     for kind in (IndexKind.CENTROID, IndexKind.BOUNDS, IndexKind.MEAN_STD):
         ops.index_sentences(pools, ids, ids.expand(2, 5), ids.expand(3, 5), ids, kind)
+    ops.begin_step(batch)
     ops.decode_layer(geometry, pools, batch, query, rotation, out)
     for host_dtype in HostDtype if head_dim % GROUP_SIZES[-1] == 0 else ():
         form = host_format(host_dtype.name.lower(), n, head_dim, dtype.itemsize)

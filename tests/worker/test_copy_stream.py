@@ -88,6 +88,12 @@ class RecordingOps:
     def index_sentences(self, pools, rows, *_):
         self.streams.touch("row", rows, written=True)
 
+    def set_step(self, step):
+        pass
+
+    def begin_step(self, batch):
+        pass
+
     def decode_layer(self, geometry, pools, batch, query, rotation, out):
         for s in range(len(batch.num_pages)):
             self.streams.touch("page", batch.pages[s, : batch.num_pages[s]], written=False)

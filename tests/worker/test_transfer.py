@@ -8,7 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sentencekv_vllm.worker.transfer import ALIGNMENT, Packing, Tallies, upload, upload_packed
+from sentencekv_vllm.worker.transfer import (
+    ALIGNMENT,
+    Packing,
+    Tallies,
+    Totals,
+    upload,
+    upload_packed,
+)
 
 CPU = torch.device("cpu")
 DTYPES = (torch.int64, torch.int32, torch.float32, torch.bool, torch.uint8)
@@ -40,14 +47,26 @@ def test_on_the_cpu_tables_are_shared_and_not_copied():
     assert tensor[0] == 9
 
 
-def test_tallies_start_at_zero_and_are_read_back_per_name():
-    tallies = Tallies(3, 4, CPU)
+def test_totals_start_at_zero_and_are_read_back_per_name():
+    totals = Totals(3, 4, CPU)
+    tallies = Tallies(totals, 3)
     assert not any(array.any() for array in tallies.fetched())
-    tallies.hits += 1
-    tallies.misses[1] = 7
-    tallies.stage_ns += 2
-    tallies.coverage += 0.5
+    totals.hits += 1
+    totals.misses[1] = 7
+    totals.stage_ns += 2
+    totals.coverage += 0.5
     tallies.start_fetch()
     hits, misses, stage_ns, coverage = tallies.fetched()
     assert hits.tolist() == [1, 1, 1] and misses.tolist() == [0, 7, 0]
     assert stage_ns.tolist() == [2] * 4 and coverage.tolist() == [0.5] * 3
+
+
+def test_tallies_of_shared_totals_are_those_of_their_step_and_their_rows():
+    totals = Totals(4, 1, CPU)
+    first = Tallies(totals, 2, shared=True)
+    totals.hits += 5
+    first.start_fetch()
+    totals.zero()
+    totals.hits += 8
+    assert first.fetched()[0].tolist() == [5, 5]
+    assert Tallies(totals, 4, shared=True).fetched()[0].tolist() == [8] * 4

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans a step in persistent tensors, so that CUDA graphs can replay on them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+
+from ..ops.layer_ops import DecodeOutputs, LayerOps
+from ..ops.load import Sizes
+from ..types import Geometry, QueryKind
+from .device_tables import DeviceTables
+from .graphs import Graph, Graphs
+from .plan import StepPlan, table_width
+from .planner import STAGES, StepFacts, attended_blocks
+from .step_buffers import StepBuffers, StepSize
+from .tables import Tables
+from .transfer import Tallies
+
+MAX_SIZES = 32  # the least recently used one goes, with its graphs
+
+
+class DevicePlanner:
+    """A step costs one copy, one gather and one replay; the tables are on the device already."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        tables: Tables,
+        ops: LayerOps,
+        sizes: Sizes,
+        new_graph: Callable[[], Graph] | None,
+    ) -> None:
+        """Allocate the tables.
+
+        Args:
+            sizes: the largest step.
+            new_graph: see `Graphs`.
+        """
+        self._geometry, self._tables, self._ops = geometry, tables, ops
+        self._new_graph, self._device = new_graph, sizes.device
+        self._on_device = DeviceTables(tables, sizes.max_pages, sizes.max_sentences, sizes.device)
+        self._limits = StepSize(sizes.max_requests, sizes.max_pages, sizes.max_sentences, 0, 0)
+        self._buffers: OrderedDict[StepSize, StepBuffers] = OrderedDict()
+
+    def plan(self, facts: StepFacts) -> StepPlan:
+        rows, slots, tables = facts.rows, facts.rows.slots, self._tables
+        attended = attended_blocks(tables, rows)
+        options = {name: column[slots] for name, column in tables.options.items()}
+        compacted = options["compacts"].astype(bool)
+        query_kind = options["query_kind"]
+        columns = {
+            "rows": facts.found,
+            "tokens": facts.tokens,
+            "slots": slots,
+            "num_pages": tables.pages.counts[slots],
+            "num_sentences": tables.num_indexed[slots],
+            "history_lo": rows.history_lo,
+            # A compacted history is attended to as it is: to the ops the row has none.
+            "history_hi": np.where(compacted, rows.history_lo, rows.history_hi),
+            "budget_blocks": np.where(compacted, 0, attended),
+            "recent_lo": rows.history_hi,
+            "attended_blocks": attended,
+            "seq_lens": rows.seq_lens,
+            "index_kind": options["index_kind"],
+            "reduce": options["reduce"],
+            "seed": options["seed"],
+            "byte_rows": options["byte_rows"],
+            "retention": tables.retention[slots],
+            "running": query_kind == QueryKind.RUNNING_MEAN,
+            "previous": query_kind == QueryKind.PREVIOUS,
+            "restarts": rows.restarts,
+        }
+        buffers = self._buffers_of(
+            StepSize.of(
+                len(slots),
+                int(columns["num_pages"].max()),
+                int(columns["num_sentences"].max()),
+                table_width(rows, attended, self._geometry.block_size),
+                facts.block_table.shape[1],
+                self._limits,
+            )
+        )
+        self._on_device.update(slots)
+        buffers.fill(columns, facts.block_table, self._on_device.null_slot)
+        self._ops.set_step(facts.step)
+        buffers.graphs.run("step", lambda: self._start(buffers))
+        inputs, totals, count = buffers.inputs, buffers.totals, len(slots)
+        return StepPlan(
+            step=facts.step,
+            batch=buffers.batch,
+            rows=inputs["rows"][:count],
+            tokens=inputs["tokens"],
+            slots=inputs["slots"],
+            host_slots=slots.copy(),
+            seq_lens=buffers.lengths,
+            out=DecodeOutputs(
+                buffers.head_tables, totals.hits, totals.misses, totals.coverage, totals.stage_ns
+            ),
+            tallies=Tallies(totals, count, shared=True),
+            compacted=compacted,
+            running=inputs["running"] if columns["running"].any() else None,
+            previous=inputs["previous"] if columns["previous"].any() else None,
+            restarts=inputs["restarts"],
+            graphs=buffers.graphs,
+        )
+
+    def _start(self, buffers: StepBuffers) -> None:
+        batch = buffers.batch
+        self._on_device.gather(
+            buffers.inputs["slots"],
+            batch.pages,
+            batch.row_pages,
+            batch.sentence_ends,
+            batch.private_blocks,
+        )
+        buffers.write_tables()
+        buffers.totals.zero()
+        self._ops.begin_step(batch)
+
+    def _buffers_of(self, size: StepSize) -> StepBuffers:
+        buffers = self._buffers.get(size)
+        if buffers is None:
+            if len(self._buffers) == MAX_SIZES:
+                self._buffers.popitem(last=False)
+            working_set = self._tables.private.shape[1]
+            buffers = self._buffers[size] = StepBuffers(
+                size,
+                self._geometry,
+                working_set,
+                len(STAGES),
+                self._device,
+                Graphs(self._new_graph),
+            )
+        self._buffers.move_to_end(size)
+        return buffers

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans a step from tensors made for it; the CPU's way, where tables are shared memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..messages import Int32s, SparseRows
+from ..ops.layer_ops import DecodeOutputs, LayerOps
+from ..types import Geometry, QueryKind
+from .graphs import Graphs
+from .plan import StepPlan, head_tables, table_width
+from .tables import Tables
+from .transfer import Array, Tallies, Totals, upload
+
+STAGES = ("score", "select", "resolve", "swap")
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What a step's plan is made of."""
+
+    step: int
+    rows: SparseRows
+    found: Array  # [S] rows of the requests in the batch
+    tokens: Array  # [S] positions of their query tokens in the batch
+    block_table: Tensor  # [>= num_reqs, max_blocks] int32, vLLM's
+
+
+class Planner(Protocol):
+    def plan(self, facts: StepFacts) -> StepPlan:
+        """Everything that the layers of the step share; the ops are told of the step."""
+
+
+def attended_blocks(tables: Tables, rows: SparseRows) -> Int32s:
+    """[S] blocks that each row attends to, per KV head, in place of its history."""
+    history = rows.history_hi - rows.history_lo
+    return np.minimum(tables.options["budget_blocks"][rows.slots], history)
+
+
+class HostPlanner:
+    """Makes new tensors for every step; on the CPU most of them share the tables' memory."""
+
+    def __init__(
+        self, geometry: Geometry, tables: Tables, ops: LayerOps, device: torch.device
+    ) -> None:
+        self._geometry, self._tables, self._ops, self._device = geometry, tables, ops, device
+
+    def plan(self, facts: StepFacts) -> StepPlan:
+        rows, geometry, options = facts.rows, self._geometry, self._tables.options
+        batch = self._tables.batch(rows, facts.step)
+        attended = attended_blocks(self._tables, rows)
+        query_kind = options["query_kind"][rows.slots]
+        running = query_kind == QueryKind.RUNNING_MEAN
+        previous = query_kind == QueryKind.PREVIOUS
+        arrays = [facts.found, facts.tokens, rows.slots.astype(np.int64), rows.seq_lens]
+        arrays += [running, previous, rows.restarts, rows.history_hi, attended]
+        index, tokens, slots, seq_lens, is_running, is_previous, restarts, history_hi, columns = (
+            upload(arrays, self._device)
+        )
+        tables, lengths = head_tables(
+            facts.block_table.index_select(0, index),
+            batch.private_blocks,
+            batch.history_lo,
+            history_hi,
+            columns,
+            seq_lens,
+            table_width(rows, attended, geometry.block_size),
+            geometry.block_size,
+            geometry.num_kv_heads,
+        )
+        totals = Totals(len(rows.slots), len(STAGES), self._device)
+        self._ops.set_step(facts.step)
+        self._ops.begin_step(batch)
+        return StepPlan(
+            step=facts.step,
+            batch=batch,
+            rows=index,
+            tokens=tokens,
+            slots=slots,
+            host_slots=rows.slots.copy(),
+            seq_lens=lengths,
+            out=DecodeOutputs(tables, totals.hits, totals.misses, totals.coverage, totals.stage_ns),
+            tallies=Tallies(totals, len(rows.slots)),
+            compacted=options["compacts"][rows.slots].astype(bool),
+            running=is_running if running.any() else None,
+            previous=is_previous if previous.any() else None,
+            restarts=restarts,
+            graphs=Graphs(None),
+        )
