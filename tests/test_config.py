@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sentencekv_vllm.config import ConfigError, SentenceKVConfig
+from sentencekv_vllm.host_format import HOST_DTYPES
 from sentencekv_vllm.policies import POLICIES
 from sentencekv_vllm.presets import load_preset, preset_path, preset_paths
 from sentencekv_vllm.resolved import GIB, ResolvedConfig, resolve
@@ -58,6 +59,8 @@ def test_nothing_typed_means_the_defaults():
             {"min_sentence_tokens": 80},
             ["max_sentence_tokens 64", "min_sentence_tokens 80", "raise it to 160"],
         ),
+        ({"host_kv_dtype": "int2"}, ["host_kv_dtype", "did you mean 'int8'?"]),
+        ({"host_kv_dtype": 8}, ["host_kv_dtype", "str", "8 (int)"]),
         ({"grouping": "block"}, ["grouping", "did you mean 'blocks'?"]),
         ({"index_vectors": 3}, ["index_vectors", "at most 2", "got 3"]),
         ({"observation_window": 8, "policy": "snapkv"}, ["'snapkv'", "last 32", "set it to 32"]),
@@ -177,15 +180,19 @@ def test_a_part_of_the_channels_is_whole_bytes_of_the_models(channels):
 
 
 @pytest.mark.parametrize("index_channels", [None, 24])
+@pytest.mark.parametrize("host_kv_dtype", HOST_DTYPES)
 @pytest.mark.parametrize("index_vectors", [1, 2])
 @pytest.mark.parametrize("block_size", [16, 32, 128])
-def test_announced_bytes_are_the_bytes_allocated(block_size, index_vectors, index_channels):
+def test_announced_bytes_are_the_bytes_allocated(
+    block_size, index_vectors, host_kv_dtype, index_channels
+):
     resolved = sizes(
         block_size,
         host_pool_gib=0.01,
         min_context_tokens=256,
         index_vectors=index_vectors,
         index_channels=index_channels,
+        host_kv_dtype=host_kv_dtype,
     )
     geometry = Geometry(
         num_layers=4,
@@ -197,11 +204,28 @@ def test_announced_bytes_are_the_bytes_allocated(block_size, index_vectors, inde
         scale=0.125,
         vectors_per_row=resolved.index_vectors,
         index_channels=resolved.index_dim,
+        host_format=resolved.host_format,
     )
     caches = [torch.empty(3, 2, block_size, 128, dtype=torch.bfloat16) for _ in range(4)]
     pools = Pools(geometry, resolved.num_pages, caches)
     assert resolved.host_pool_bytes == pools.host_bytes
+    assert resolved.page_bytes == pools.page_bytes == 4 * 2 * pools.head_block_bytes
     assert resolved.index_bytes == pools.index_bytes
+
+
+@pytest.mark.parametrize(
+    ("host_kv_dtype", "times"), [("int8", 1.88), ("fp8", 1.93), ("int4", 3.55)]
+)
+def test_a_pool_of_lower_precision_holds_more_tokens(host_kv_dtype, times):
+    assert sizes(host_kv_dtype=host_kv_dtype).num_pages > times * sizes().num_pages
+
+
+def test_host_formats_need_head_dims_that_groups_divide():
+    model = MODEL | {"head_dim": 80}
+    resolve(SentenceKVConfig(), block_size=32, **model)
+    config = SentenceKVConfig(host_kv_dtype="int4")
+    with pytest.raises(ConfigError, match="head_dim 80 is no multiple of 32: set .* 'auto'"):
+        resolve(config, block_size=32, **model)
 
 
 @pytest.mark.parametrize(

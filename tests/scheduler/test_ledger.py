@@ -224,6 +224,16 @@ def test_covered_histories_stay_exact(simulate):
     assert sim.ledger.exact_tokens("a", 500) == 500
 
 
+def test_pages_of_lower_precision_are_never_exact(simulate):
+    sim = simulate(stay_dense_when_covered=False, working_set_blocks=60, exact_pages=False)
+    sim.add("a", PROMPT, options=options_of(60))
+    sim.prefill("a")
+    assert sim.ledger.exact_tokens("a", 500) == 500
+    for _ in range(5):
+        assert sim.step("a", 1).sparse is not None
+    assert sim.ledger.exact_tokens("a", 500) == PROMPT
+
+
 def options_of(blocks):
     return DecodeOptions(0, 0, 5.0, 0, blocks, 0, 8)
 

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
+from sentencekv_vllm.host_format import HostFormat
 from sentencekv_vllm.messages import DecodeOptions, RequestUpdate, SparseRows, StepMessage
 from sentencekv_vllm.ops.layer_ops import ReferenceOps
 from sentencekv_vllm.ops.sparse_decode import sparse_decode
@@ -27,12 +30,14 @@ GEOMETRY = Geometry(
 BUDGET, PROMPT_BLOCKS, WINDOW = 3, 14, 6
 
 
-def make_runtime(working_set: int, layer_share: int = 1) -> Runtime:
+def make_runtime(
+    working_set: int, layer_share: int = 1, host_format: HostFormat | None = None
+) -> Runtime:
     generator = torch.Generator().manual_seed(0)
     caches = [torch.randn(BLOCKS, HEADS, N, 2 * D, generator=generator) for _ in range(2)]
     keys = torch.arange(N * D).view(N, D)  # the first half of a head-block
     return Runtime(
-        GEOMETRY,
+        replace(GEOMETRY, host_format=host_format),
         caches,
         TokenLayout(keys, keys + N * D),
         num_pages=50,

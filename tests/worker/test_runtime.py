@@ -19,6 +19,7 @@ from small_runtime import (
     turning_sparse,
 )
 
+from sentencekv_vllm.host_format import HostDtype, HostFormat
 from sentencekv_vllm.messages import StepMessage
 from sentencekv_vllm.types import IndexKind, QueryKind, Reduce
 
@@ -79,6 +80,20 @@ def test_copy_out_is_byte_for_byte_and_counted():
         assert torch.equal(pools.cache, cache)
     assert runtime.take_counters()["swap_out_bytes"] == len(blocks) * 2 * HEADS * 2 * N * D * 4
     assert runtime.take_counters() == {}
+
+
+@pytest.mark.parametrize(
+    ("host_dtype", "error"), [(HostDtype.INT8, 0.01), (HostDtype.FP8, 0.06), (HostDtype.INT4, 0.2)]
+)
+def test_pages_of_lower_precision_are_counted_as_what_they_weigh(host_dtype, error):
+    form = HostFormat(host_dtype, numel=2 * N * D, group_size=32, element_bytes=4)
+    exact, runtime = make_runtime(BUDGET), make_runtime(BUDGET, host_format=form)
+    expected, result = decode(exact), decode(runtime)
+    assert 0 < (result - expected).norm() / expected.norm() < error
+    counted = runtime.take_counters()
+    assert counted["misses"] == exact.take_counters()["misses"], "the index is of exact keys"
+    assert counted["swap_in_bytes"] == counted["misses"] * form.head_block_bytes
+    assert counted["swap_out_bytes"] == PROMPT_BLOCKS * 2 * HEADS * form.head_block_bytes
 
 
 def test_a_message_that_comes_twice_is_performed_once():
