@@ -100,6 +100,12 @@ def test_traffic_is_bytes_of_missed_head_blocks_a_sparse_step(record):
     assert math.isnan(dense.swapped_bytes_per_step)
 
 
+def test_pages_of_lower_precision_swap_fewer_bytes(record):
+    coarse = Variant("sentencekv", 256, "index_channels=64, host_kv_dtype=int4")
+    (row, _) = summarise([record(0, coarse, 1)], [CELL], [coarse], SHAPE)
+    assert row.swapped_bytes_per_step == SHAPE.head_block_bytes * (4 + 2 * 16 / 64) / 16
+
+
 def test_bytes_are_unknown_without_the_shape_of_the_kv(record):
     records = [record(0, v, 1) for v in VARIANTS]
     _, ours, *_ = summarise(records, [CELL], VARIANTS)
