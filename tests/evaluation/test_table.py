@@ -102,7 +102,7 @@ def test_traffic_is_bytes_of_missed_head_blocks_a_sparse_step(record):
 
 def test_pages_of_lower_precision_swap_fewer_bytes(record):
     coarse = Variant("sentencekv", 256, "index_channels=64, host_kv_dtype=int4")
-    (row, _) = summarise([record(0, coarse, 1)], [CELL], [coarse], SHAPE)
+    (row, _) = summarise([record(0, coarse, 1, server=coarse.server)], [CELL], [coarse], SHAPE)
     assert row.swapped_bytes_per_step == SHAPE.head_block_bytes * (4 + 2 * 16 / 64) / 16
 
 
