@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..policies import POLICIES
 from .engine import Engine, VllmEngine
 from .http_engine import HttpEngine
 from .kv_shape import KVShape
@@ -51,10 +52,9 @@ def start(options: argparse.Namespace, variants: Sequence[Variant]) -> Engine:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if options.processes > 1:  # vLLM would bind all engines to the same core
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    indexes = [variant.index for variant in variants]
     settings = {
         "token_budget": max(options.budgets),
-        "index_vectors": max((i.vectors for i in indexes if i is not None), default=1),
+        **_room(variants),
         "host_pool_gib": options.host_pool_gib,
         **_settings(options),
         **dict(options.set),
@@ -67,6 +67,16 @@ def start(options: argparse.Namespace, variants: Sequence[Variant]) -> Engine:
         max_requests=options.requests,
         kv_cache_bytes=int(options.kv_cache_gib * 2**30),
     )
+
+
+def _room(variants: Sequence[Variant]) -> dict[str, int]:
+    """What a server must have been started with for all these requests."""
+    indexes = [variant.index for variant in variants]
+    policies = [POLICIES[variant.policy] for variant in variants if variant.policy]
+    return {
+        "index_vectors": max((i.vectors for i in indexes if i is not None), default=1),
+        "observation_window": max((p.votes.window for p in policies if p.votes), default=0),
+    }
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
