@@ -50,7 +50,7 @@ def serve(options: argparse.Namespace, model: Model, loads: list[Case], logs: Pa
                 servers[side] = stack.enter_context(server)
             for server in servers.values():
                 server.wait_ready(READY_SECONDS)
-            for number, case in enumerate(loads):
+            for number, case in enumerate(loads * options.rounds):
                 for side, server in servers.items():
                     announce("serve", side, case)
                     rows.append(serve_one(server, side, model, case, number))
@@ -81,7 +81,7 @@ def offline(options: argparse.Namespace, loads: list[Case], logs: Path) -> list[
     """The largest load of every context, one engine after the other."""
     largest = {case.context: case for case in loads}
     rows = []
-    for case in largest.values():
+    for case in [*largest.values()] * options.rounds:
         for side in SIDES:
             announce("offline", side, case)
             log = logs / f"offline-{side}.log"
@@ -108,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     forms = [options]
     if options.answers:
         forms.append(argparse.Namespace(**vars(options) | ANSWERS))
+    source = provenance()  # of what runs now, whatever the checkout is by the end
     rows: list[Row] = []
     try:
         for form in forms:
@@ -115,7 +116,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (ServerError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    source = provenance()
     print(", ".join(f"{name} {value}" for name, value in source.items()), end="\n\n")
     print(table(rows))
     write(options.out, rows, source)

@@ -67,6 +67,7 @@ def parse(description: str, arguments: list[str] | None = None) -> argparse.Name
     add("--contexts", type=sizes, help="prompt tokens, e.g. 8192,32768")
     add("--concurrency", type=sizes, help="requests at a time, e.g. 1,8")
     add("--requests", type=int, help="of every load, in multiples of its concurrency")
+    add("--rounds", type=int, default=1, help="repetitions; the table shows their medians")
     add("--output-tokens", type=int, help="of each request")
     add("--dense-requests", type=float, default=2, help="longest requests that the KV pool holds")
     add("--host-gib", type=float, help="most memory of the swap pool; default: 3/4 of the free")
@@ -108,8 +109,11 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for name in ("contexts", "concurrency"):
         if min(getattr(options, name)) < 1:
             parser.error(f"--{name} {getattr(options, name)}: give numbers from 1 on")
-    if options.output_tokens < 2 or options.requests < 1:
-        parser.error("a TPOT takes --output-tokens of 2 or more and --requests of 1 or more")
+    for name, least in (("output_tokens", 2), ("requests", 1), ("rounds", 1)):
+        if getattr(options, name) < least:
+            parser.error(
+                f"--{name.replace('_', '-')} {getattr(options, name)}: give {least} or more"
+            )
 
 
 def cases(options: argparse.Namespace) -> list[Case]:

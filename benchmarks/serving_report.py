@@ -8,17 +8,20 @@ import json
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from serving_engine import SIDES
 from serving_row import Row
 
+LOAD = ("mode", "model", "context", "concurrency", "output_tokens", "requests")
 # Field, title, digits.
 METRICS = (
     ("ttft_p50", "TTFT p50, ms", 1),
@@ -52,18 +55,23 @@ METRICS = (
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Both sides of every load, and sentencekv divided by stock."""
-    blocks = []
+    """Both sides of every load, medians over the rounds, and sentencekv divided by stock."""
+    loads: dict[tuple[object, ...], dict[str, list[Row]]] = {}
     for row in rows:
-        if row.side != SIDES[0]:
-            continue
-        load = ("mode", "model", "context", "concurrency", "output_tokens", "requests")
-        pair = [
-            other for other in rows
-            if all(getattr(other, name) == getattr(row, name) for name in load)
-        ]  # fmt: skip
-        blocks.append(block(sorted(pair, key=lambda r: SIDES.index(r.side))))
-    return "\n\n".join(blocks)
+        key = tuple(getattr(row, name) for name in LOAD)
+        loads.setdefault(key, {}).setdefault(row.side, []).append(row)
+    return "\n\n".join(
+        block([median(sides[side]) for side in SIDES if side in sides]) for sides in loads.values()
+    )
+
+
+def median(rounds: Sequence[Row]) -> Row:
+    """Of every metric over repetitions of one load on one side."""
+    found: dict[str, Any] = {}
+    for name, *_ in METRICS:
+        values = [value for row in rounds if (value := getattr(row, name)) is not None]
+        found[name] = statistics.median(values) if values else None
+    return replace(rounds[0], **found)
 
 
 def block(pair: Sequence[Row]) -> str:

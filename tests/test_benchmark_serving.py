@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,6 +138,14 @@ def test_the_table_sets_both_sides_and_their_ratio_side_by_side(serving):
     assert "GPU memory, peak MiB" not in table
 
 
+def test_the_table_shows_medians_over_the_rounds(serving):
+    stock, ours = rows(serving)
+    slow, slower = (replace(ours, ttft_p50=t, hit_rate=None) for t in (20.0, 90.0))
+    (block,) = serving.report.table([stock, ours, slow, slower]).split("\n\nserve: ")
+    assert "|  10.0 |       20.0 |  2.00 |" in block  # of 5, 20 and 90
+    assert "|     - |      0.900 |     - |" in block  # of the one that is known
+
+
 def test_every_written_row_says_where_it_comes_from(serving, tmp_path):
     stem = tmp_path / "new" / "serving"
     serving.report.write(stem, rows(serving), serving.report.provenance())
@@ -203,7 +212,8 @@ def test_prompts_share_no_first_block_so_that_the_prefix_cache_does_not_help(ser
     [
         (["--modes", "serve,batch"], "--modes batch: it is neither serve nor offline"),
         (["--dense-requests", "0.5"], "give 1 or more"),
-        (["--output-tokens", "1"], "--output-tokens of 2 or more"),
+        (["--output-tokens", "1"], "--output-tokens 1: give 2 or more"),
+        (["--rounds", "0"], "--rounds 0: give 1 or more"),
         (["--contexts", "0"], "give numbers from 1 on"),
         (["--settings", "budget"], "invalid loads value"),
         pytest.param(
