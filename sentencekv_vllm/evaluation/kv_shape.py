@@ -20,7 +20,6 @@ class KVShape:
     head_dim: int
     block_size: int  # tokens
     element_bytes: int = 2
-    index_channels: int | None = None  # rotated channels in the 1-bit index; None: all
 
     @classmethod
     def of_model(cls, folder: Path, block_size: int) -> Self | None:
@@ -47,17 +46,26 @@ class KVShape:
         form = host_format(host_kv_dtype, self.block_size, self.head_dim, self.element_bytes)
         return self.head_block_bytes if form is None else form.head_block_bytes
 
-    def index_bytes(self, index: IndexKind | None, tokens_per_row: float) -> float:
+    def index_bytes(
+        self,
+        index: IndexKind | None,
+        tokens_per_row: float,
+        index_channels: int | None = None,
+        score_channels: float = 1.0,
+    ) -> float:
         """Per token, of the part of the index that a ranking reads.
 
         Args:
             index: None where nothing is ranked.
             tokens_per_row: mean length of the sentences, which share a row each.
+            index_channels: that the 1-bit index keeps; None: all.
+            score_channels: share of them that a step reads.
         """
         if index is None or index is IndexKind.RANDOM:
             return 0.0
         if index is IndexKind.TOKEN_BITS:
-            return (self.index_channels or self.head_dim) / 8 + 2  # signs and a bfloat16 scale
+            channels = self.head_dim if index_channels is None else index_channels
+            return math.ceil(score_channels * channels / 8) + 2  # signs and a bfloat16 scale
         if not tokens_per_row:
             return math.nan
         return index.vectors * 2 * self.head_dim / tokens_per_row  # bfloat16

@@ -129,7 +129,9 @@ def _row(
         swapped = misses * kv_shape.swapped_bytes(variant.host_kv_dtype) / steps
     if kv_shape and records:
         length = prompt_tokens / max(1, sum(r.sentences for r in records))
-        index_bytes = kv_shape.index_bytes(variant.index, length)
+        index_bytes = kv_shape.index_bytes(
+            variant.index, length, variant.index_channels, variant.score_channels
+        )
     return Row(
         cell=cell,
         variant=variant,

@@ -27,7 +27,9 @@ ABLATION: dict[str, Options] = {
     | {"sentencekv_query": "running_mean", "sentencekv_head_reduce": "mean"},
     "mean key, current": _MEAN_KEY | {"sentencekv_head_reduce": "softmax_mean"},
     "1-bit, running mean": _BITS | {"sentencekv_query": "running_mean", "sentencekv_retention": 0},
-    "1-bit, previous, retention 5": _BITS | {"sentencekv_query": "previous"},
+    "1-bit, previous, softmax mean, retention 5": _BITS
+    | {"sentencekv_query": "previous", "sentencekv_retention": 5},
+    "half of 1-bit, softmax mean, retention 3": _BITS | {"sentencekv_score_channels": 0.5},
     "1-bit, current, mean": _BITS | {"sentencekv_head_reduce": "mean", "sentencekv_retention": 0},
     "1-bit, current, max": _BITS | {"sentencekv_head_reduce": "max", "sentencekv_retention": 0},
     **{
@@ -37,7 +39,7 @@ ABLATION: dict[str, Options] = {
     },
 }
 """Rankings by name: options that change parts of the `sentencekv` policy. The first is the
-paper's, the one with retention 5 is the default. Reductions are compared without retention,
+paper's, the one with retention 3 is the default. Reductions are compared without retention,
 whose unit depends on them."""
 
 
@@ -83,8 +85,25 @@ class Variant:
     @property
     def host_kv_dtype(self) -> str:
         """Of the server's swap pool."""
+        return self._server_settings.get("host_kv_dtype", "auto")
+
+    @property
+    def index_channels(self) -> int | None:
+        """That the server's 1-bit index keeps; None: all."""
+        given = self._server_settings.get("index_channels")
+        return None if given is None else int(given)
+
+    @property
+    def score_channels(self) -> float:
+        """Share of the 1-bit index's channels that a step reads."""
+        policy = POLICIES.get(self.policy or "")
+        given = self._parts.get("sentencekv_score_channels")
+        return float(given or (policy.score_channels if policy else 1))
+
+    @property
+    def _server_settings(self) -> dict[str, str]:
         settings = (setting.partition("=") for setting in self.server.split(", "))
-        return {name: value for name, _, value in settings}.get("host_kv_dtype", "auto")
+        return {name: value for name, _, value in settings}
 
     @property
     def has_budget(self) -> bool:

@@ -10,7 +10,7 @@ THINK = SelectionPolicy(
     name="think",
     index=IndexKind.TOKEN_BITS,
     reduce=Reduce.SOFTMAX_MEAN,
-    retention=5.0,
+    retention=3.0,
     score_channels=0.5,
 )
 """The default policy, its estimates summed over half of the rotated channels.

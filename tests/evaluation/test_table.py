@@ -119,6 +119,8 @@ def test_bytes_are_unknown_without_the_shape_of_the_kv(record):
         ("streaming", 0.0),
         ("random", 0.0),
         ("sentencekv", 64 / 8 + 2),  # a sign a channel, and a scale
+        ("think", 32 / 8 + 2),
+        ("sentencekv+score_channels=0.3", 24 / 8 + 2),
         ("sentencekv-paper", 64 * 2 / 10),  # a mean key for ten tokens
         ("mean key, current", 64 * 2 / 10),
     ],
@@ -127,6 +129,13 @@ def test_index_bytes_are_those_that_the_ranking_reads(record, name, expected):
     variant = Variant(name)
     (row, _) = summarise([record(0, variant, 1, sentences=400)], [CELL], [variant], SHAPE)
     assert row.index_bytes == pytest.approx(expected)
+
+
+def test_index_bytes_follow_the_servers_channels():
+    variant = Variant("think", 256, "layer_share=2, index_channels=16")
+    assert (variant.index_channels, variant.score_channels) == (16, 0.5)
+    assert SHAPE.index_bytes(variant.index, 10, variant.index_channels, 0.5) == 8 / 8 + 2
+    assert Variant("think", 256).index_channels is None
 
 
 def test_graded_scores_are_averaged(record):

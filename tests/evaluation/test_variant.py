@@ -65,7 +65,7 @@ def test_the_ablation_holds_the_default_and_the_papers_ranking():
 
     paper, *_ = ABLATION
     assert ranking(paper) == published(POLICIES["sentencekv-paper"])
-    default = "1-bit, current, softmax mean, retention 5"
+    default = "1-bit, current, softmax mean, retention 3"
     assert ranking(default) == published(POLICIES["sentencekv"])
 
 

@@ -54,7 +54,7 @@ def test_the_default_ranks_tokens_by_the_current_query_and_moves_little():
         IndexKind.TOKEN_BITS,
         QueryKind.CURRENT,
         Reduce.SOFTMAX_MEAN,
-        5.0,
+        3.0,
     )
 
 
