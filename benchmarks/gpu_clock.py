@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 
 FLUSH_BYTES = 256 * 2**20  # more than any L2
 GIB = 2**30
+QUANTILES = torch.tensor([0.2, 0.5, 0.8])
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,18 @@ class Clock:
                 events.append((start, end))
         torch.cuda.synchronize()
         times = torch.tensor([1e3 * start.elapsed_time(end) for start, end in events])
-        return Timing(*(float(q) for q in times.quantile(torch.tensor([0.2, 0.5, 0.8]))))
+        return Timing(*(float(q) for q in times.quantile(QUANTILES)))
+
+    def host(self, call: Callable[[], object]) -> Timing:
+        """How long the host is busy until `call` returns, its work only queued."""
+        times = []
+        for _ in range(self._repeats):
+            torch.cuda.synchronize()  # an empty queue never blocks the host
+            start = time.perf_counter_ns()
+            call()
+            times.append((time.perf_counter_ns() - start) / 1e3)
+        torch.cuda.synchronize()
+        return Timing(*(float(q) for q in torch.tensor(times).quantile(QUANTILES)))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from gpu_clock import GIB, Bandwidth, Clock
+from gpu_clock import GIB, Bandwidth, Clock, capture
 from gpu_kernels import CUDA_KERNELS, floors, kernels
 from gpu_layer import BLOCK, DEVICE, Layer, Shape
 from gpu_peers import DenseCache, peers
@@ -70,6 +70,15 @@ class Bench:
                     assert misses == expected, f"{misses} misses where {expected} were set up"
                     timing = self._clock.time(step.run, restore)
                     yield Row.of(where, f"hit rate {share}", name, timing, floor)
+            for name, make_ops in implementations().items():
+                step = Step(layer, make_ops)
+                restore = step.at_hit_rate(1.0)
+                for case, call in (
+                    ("host, launched", step.run_layer),
+                    ("host, replayed", capture(step.run_layer, restore).replay),
+                ):
+                    restore()
+                    yield Row.of(where, case, name, self._clock.host(call), 0.0)
 
     def gather(self, sizes: Sequence[Size]) -> Iterator[Row]:
         where = ("gather", "", 0, 0)

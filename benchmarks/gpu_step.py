@@ -75,7 +75,7 @@ class Step:
         self.run_layer()
 
     def run_layer(self) -> None:
-        """What every layer of a step does."""
+        """What every layer of a step does, as the worker captures it."""
         layer = self.layer
         self.ops.decode_layer(
             layer.geometry, layer.pools, layer.batch, layer.query, layer.rotation, layer.out

@@ -24,6 +24,9 @@ class CountingClock:
         fn()
         return sys.modules["gpu_clock"].Timing(1.0, 2.0, 3.0)
 
+    def host(self, call):
+        return self.time(call)
+
 
 class EagerGraph:
     def __init__(self, fn, restore) -> None:
@@ -45,7 +48,7 @@ def tools(cuda_kernels, monkeypatch):
     both = {"Triton": gpu_step.TritonOps, "CUDA": CudaOps}
     for module in (gpu_checks, gpu_sections):
         monkeypatch.setattr(module, "implementations", lambda: both)
-    monkeypatch.setattr(gpu_checks, "capture", EagerGraph)
+        monkeypatch.setattr(module, "capture", EagerGraph)
     return gpu_checks, gpu_layer, gpu_sections
 
 
@@ -63,6 +66,10 @@ def test_kernels_and_steps_are_measured_at_the_hit_rates_that_the_rows_name(tool
     bench = sections.Bench(CountingClock(), Bandwidth(1e12, 1e10, 1e10), 512, 1e9, 1e9)
     sizes = [(layer.SHAPES["Llama-3.1-8B"], 640, 1), (layer.Shape("huge", 64, 8, 128), 2**20, 64)]
     rows = list(bench.step(sizes))  # asserts the misses of each
+    rows, on_host = rows[:-4], rows[-4:]
+    assert [(row.case, row.implementation) for row in on_host] == [
+        (f"host, {case}", name) for name in ("Triton", "CUDA") for case in ("launched", "replayed")
+    ]
     assert [(row.model, row.case, row.implementation) for row in rows] == [
         ("small", f"hit rate {share}", name)
         for share in sections.HIT_RATES
