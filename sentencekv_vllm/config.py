@@ -161,12 +161,12 @@ class SentenceKVConfig:
                 f"is {self.index_vectors}: set it to {index.vectors}"
             )
 
-        votes = POLICIES[self.policy].votes
+        settlement = POLICIES[self.policy].settlement
         window = self.observation_window
-        if votes is not None and window is not None and window < votes.window:
+        if settlement is not None and window is not None and window < settlement.window:
             raise ConfigError(
-                f"policy {self.policy!r} votes with the last {votes.window} prompt tokens, "
-                f"observation_window is {window}: set it to {votes.window}"
+                f"policy {self.policy!r} votes with the last {settlement.window} prompt tokens, "
+                f"observation_window is {window}: set it to {settlement.window}"
             )
 
     @property

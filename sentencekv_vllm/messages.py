@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from .types import Votes
+from .types import Fate, Settlement
 
 Int32s = npt.NDArray[np.int32]
 
@@ -30,19 +30,19 @@ class DecodeOptions:
     seed: int
     byte_rows: int  # rows of the token index that a step reads, each of 8 channels
     block_groups: bool = False  # a group is a KV block, not a sentence
-    votes: Votes | None = None  # what is kept of the history is settled at the end of the prefill
+    settlement: Settlement | None = None  # at the end of the prefill
 
     @property
     def compacts(self) -> bool:
         """The budget's blocks are filled once; nothing is ranked or swapped in any more."""
-        return self.votes is not None and self.votes.compact
+        return self.settlement is not None and self.settlement.fate is Fate.COMPACT
 
 
 @dataclass(frozen=True)
-class VotedPrompt:
-    """A prompt whose votes are to be counted now, while all its blocks are on the device."""
+class SettledPrompt:
+    """A prompt whose history is to be settled now, while all its blocks are on the device."""
 
-    votes: Votes
+    settlement: Settlement
     block_ids: list[int]  # of the prompt, the last one perhaps partly filled
     num_tokens: int  # of the prompt
     history_lo: int  # blocks
@@ -61,7 +61,7 @@ class RequestUpdate:
     row_pages: list[int]  # pages whose sentence rows the request may use from now on
     sentence_ends: Int32s  # ends of newly sealed sentences, exclusive
     private_blocks: list[int] | None  # the working set, when it has been drawn
-    voted: VotedPrompt | None = None
+    settled: SettledPrompt | None = None
 
 
 @dataclass(frozen=True)

@@ -120,12 +120,12 @@ def _check_index(policy: SelectionPolicy, resolved: ResolvedConfig) -> None:
 
 
 def _check_window(policy: SelectionPolicy, resolved: ResolvedConfig) -> None:
-    votes = policy.votes
-    if votes is not None and votes.window > resolved.observation_window:
+    settlement = policy.settlement
+    if settlement is not None and settlement.window > resolved.observation_window:
         raise RequestOptionsError(
-            f"policy {policy.name!r} votes with the last {votes.window} prompt tokens, this server "
-            f"keeps the queries of {resolved.observation_window}: start it with "
-            f"observation_window of {votes.window}"
+            f"policy {policy.name!r} votes with the last {settlement.window} prompt tokens, "
+            f"this server keeps the queries of {resolved.observation_window}: start it with "
+            f"observation_window of {settlement.window}"
         )
 
 

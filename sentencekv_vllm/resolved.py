@@ -155,7 +155,7 @@ def _host_format(name: str, block_size: int, head_dim: int, dtype_size: int) -> 
 
 
 def _observation_window(config: SentenceKVConfig, policy: SelectionPolicy) -> int:
-    needed = 0 if policy.votes is None else policy.votes.window
+    needed = 0 if policy.settlement is None else policy.settlement.window
     return needed if config.observation_window is None else config.observation_window
 
 

@@ -42,22 +42,30 @@ class QueryKind(IntEnum):
     PREVIOUS = 2  # of the decode step before: known before the layer is reached
 
 
-@dataclass(frozen=True)
-class Votes:
-    """How the last queries of the prompt decide, once, what is kept of the history.
+class Fate(IntEnum):
+    """What becomes of the history when the prefill has ended."""
 
-    Every token of the prompt gets the attention that the last `window` tokens pay to it, pooled
-    over its neighbours (SnapKV, arXiv 2404.14469). What follows differs by method.
+    COMPACT = 0  # the elected tokens move to the working set's blocks, the rest is dropped
+    RETAIN = 1  # everything stays; summaries are of the elected tokens only
+    CLUSTER = 2  # the host pages are filled anew, tokens with similar keys side by side
+
+
+@dataclass(frozen=True)
+class Settlement:
+    """What the end of the prefill settles about the history, once.
+
+    Where there is a window, the prompt's tokens are elected: each gets the attention that the
+    last `window` tokens pay to it, pooled over its neighbours (SnapKV, arXiv 2404.14469).
     """
 
-    window: int = 32  # tokens whose queries vote; they stay attended
+    fate: Fate
+    window: int = 32  # tokens whose queries vote; 0: nobody does
     kernel: int = 5  # tokens that a score is pooled over, odd
     max_pool: bool = False  # the largest of them, not their mean
-    unit: int = 1  # neighbouring tokens that are kept or dropped together
+    unit: int = 1  # neighbouring tokens that are elected together
     layer_group: int = 1  # consecutive layers that share the choice of the first
-    compact: bool = True  # what is kept moves to the working set's blocks, the rest is dropped;
-    # False: everything stays where it is, only the summaries are of what is kept
-    factor: float = 1.0  # tokens kept, in budgets
+    factor: float = 1.0  # tokens elected, in budgets
+    cluster_tokens: int = 80  # tokens a cluster, on average
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
-from ..types import Votes
+from ..types import Settlement
 
 
-def count_votes(query: Tensor, keys: Tensor, scale: float, votes: Votes) -> Tensor:
+def count_votes(query: Tensor, keys: Tensor, scale: float, settlement: Settlement) -> Tensor:
     """Attention that the window pays to the tokens before it (SnapKV, arXiv 2404.14469, Eq. 1, 2).
 
     Causal softmax over all tokens for each query head, summed over the window's queries, averaged
-    over the group, pooled over `votes.kernel` neighbours.
+    over the group, pooled over `settlement.kernel` neighbours.
 
     Args:
         query: [W, G, D], of the prompt's last W tokens.
@@ -29,10 +29,10 @@ def count_votes(query: Tensor, keys: Tensor, scale: float, votes: Votes) -> Tens
     future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu(1)
     logits[..., total - window :].masked_fill_(future, float("-inf"))
     attention = logits.softmax(-1)[..., : total - window].sum(1).mean(0)
-    padding = votes.kernel // 2
-    if votes.max_pool:
-        return max_pool1d(attention[None], votes.kernel, 1, padding)[0]
-    return avg_pool1d(attention[None], votes.kernel, 1, padding)[0]
+    padding = settlement.kernel // 2
+    if settlement.max_pool:
+        return max_pool1d(attention[None], settlement.kernel, 1, padding)[0]
+    return avg_pool1d(attention[None], settlement.kernel, 1, padding)[0]
 
 
 def elect_tokens(scores: Tensor, count: int, unit: int) -> Tensor:

@@ -2,6 +2,7 @@
 """Every policy by the name that the user types."""
 
 from .base import Grouping, SelectionPolicy
+from .cluster_kv import CLUSTER_KV
 from .full import FULL
 from .mean_std import MEAN_STD
 from .quest import QUEST
@@ -20,6 +21,7 @@ POLICIES: dict[str, SelectionPolicy] = {
     "sentencekv-pool": SENTENCE_KV_POOL,
     "snapkv": SNAP_KV,
     "windowkv": WINDOW_KV,
+    "clusterkv": CLUSTER_KV,
     "quest": QUEST,
     "mean-std": MEAN_STD,
     "think": THINK,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..types import IndexKind, QueryKind, Reduce, Votes
+from ..types import IndexKind, QueryKind, Reduce, Settlement
 
 Grouping = Literal["sentences", "blocks"]
 
@@ -20,7 +20,7 @@ class SelectionPolicy:
         index: what a group is scored by; None where nothing is ranked.
         grouping: a group is a `sentences` entry of the segmenter, or one of the KV `blocks`,
             for which no segmenter runs. What is said of sentences elsewhere holds for both.
-        votes: the end of the prefill settles what is kept; None: everything can be recalled.
+        settlement: what the end of the prefill does to the history; None: nothing.
         query: of the token being decoded, the mean over the group being written, or of the
             decode step before.
         reduce: how a GQA group's scores become one per KV head.
@@ -41,4 +41,4 @@ class SelectionPolicy:
     selects: bool = True
     keeps_all: bool = False
     grouping: Grouping = "sentences"
-    votes: Votes | None = None
+    settlement: Settlement | None = None

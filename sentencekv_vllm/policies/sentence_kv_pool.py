@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ..types import IndexKind, QueryKind, Reduce, Votes
+from ..types import Fate, IndexKind, QueryKind, Reduce, Settlement
 from .base import SelectionPolicy
 
 SENTENCE_KV_POOL = SelectionPolicy(
@@ -12,7 +12,7 @@ SENTENCE_KV_POOL = SelectionPolicy(
     query=QueryKind.RUNNING_MEAN,
     reduce=Reduce.MEAN,
     retention=0.0,
-    votes=Votes(window=32, kernel=7, max_pool=True, compact=False, factor=3.0),
+    settlement=Settlement(Fate.RETAIN, window=32, kernel=7, max_pool=True, factor=3.0),
 )
 """Sentences by the product of the running mean query and the mean of their *retained* keys.
 

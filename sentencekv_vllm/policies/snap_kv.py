@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from ..types import Votes
+from ..types import Fate, Settlement
 from .base import SelectionPolicy
 
 SNAP_KV = SelectionPolicy(
     name="snapkv",
     index=None,
     grouping="blocks",
-    votes=Votes(window=32, kernel=5),
+    settlement=Settlement(Fate.COMPACT, window=32, kernel=5),
 )
 """The tokens that the observation window attends to most, by KV head; the rest is dropped for ever.
 

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from ..types import Votes
+from ..types import Fate, Settlement
 from .base import SelectionPolicy
 
 WINDOW_KV = SelectionPolicy(
     name="windowkv",
     index=None,
     grouping="blocks",
-    votes=Votes(window=32, kernel=5, unit=16, layer_group=2),
+    settlement=Settlement(Fate.COMPACT, window=32, kernel=5, unit=16, layer_group=2),
 )
 """Windows of 16 tokens with the most votes; every second layer votes for the next one, too.
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..messages import Int32s, StepMessage, StepReport, VotedPrompt
+from ..messages import Int32s, SettledPrompt, StepMessage, StepReport
 from ..types import QueryKind
 from .limits import Limits
 from .outbox import has_news, observed_rows, sparse_rows, take_update
@@ -112,7 +112,7 @@ class Ledger:
         if state is None or state.options is None or state.request.is_finished():
             return None
         # Only a prompt's tokens vote, so a short one does not turn sparse by growing.
-        grown = processed if state.votes is None else 0
+        grown = processed if state.settlement is None else 0
         if max(state.request.num_prompt_tokens, grown) < self.limits.min_context_tokens:
             return None
         if not self._segmented(state, processed):
@@ -151,7 +151,7 @@ class Ledger:
     def reusable_tokens(self, request_id: str, num_tokens: int) -> int:
         """How many of `num_tokens` cached ones may be taken: voting tokens are computed."""
         state = self.states.get(request_id)
-        if state is None or state.votes is None:
+        if state is None or state.settlement is None:
             return num_tokens
         return min(num_tokens, state.voting_from)
 
@@ -232,7 +232,7 @@ class Ledger:
         watched = []
         for request_id, count in num_scheduled.items():
             state = self.states.get(request_id)
-            if state is None or state.votes is None:
+            if state is None or state.settlement is None:
                 continue
             prompt, start = state.request.num_prompt_tokens, scheduled[request_id]
             first, last = max(start, state.voting_from), min(start + count, prompt)
@@ -354,11 +354,11 @@ class Ledger:
             state.reason = Reason.NO_GAIN
             return None
         memory.sparse, memory.history_lo, memory.history_hi = True, lo, hi
-        if state.votes is not None:
+        if state.settlement is not None:
             prompt = request.num_prompt_tokens
             prompt_blocks = [b.block_id for b in blocks[: -(-prompt // self.limits.block_size)]]
-            state.unsent.voted = VotedPrompt(
-                state.votes, prompt_blocks, prompt, lo, hi, options.budget_blocks
+            state.unsent.settled = SettledPrompt(
+                state.settlement, prompt_blocks, prompt, lo, hi, options.budget_blocks
             )
         self._note_released(state, exclusive)
         self._note_exactness(state, processed)
@@ -366,7 +366,7 @@ class Ledger:
 
     def _can_vote(self, state: RequestState) -> bool:
         """Everybody was heard, and what they vote on is indexed; true where nobody votes."""
-        if state.votes is None:
+        if state.settlement is None:
             return True
         prompt, memory = state.request.num_prompt_tokens, state.memory
         indexed = state.compacts or len(memory.pages) >= prompt // self.limits.block_size

@@ -14,7 +14,7 @@ from .request_state import RequestState, Unsent
 def has_news(state: RequestState) -> bool:
     """The workers have to be told something about the request."""
     unsent = state.unsent
-    return bool(unsent.block_ids) or unsent.private or unsent.voted is not None
+    return bool(unsent.block_ids) or unsent.private or unsent.settled is not None
 
 
 def take_update(state: RequestState) -> RequestUpdate:
@@ -28,7 +28,7 @@ def take_update(state: RequestState) -> RequestUpdate:
         row_pages=memory.row_pages[unsent.row_pages :],
         sentence_ends=state.ends[unsent.sentences :],
         private_blocks=memory.private if unsent.private else None,
-        voted=unsent.voted,
+        settled=unsent.settled,
     )
     state.unsent = Unsent(
         options=False,

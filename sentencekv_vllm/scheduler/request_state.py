@@ -9,8 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ..messages import DecodeOptions, Int32s, VotedPrompt
-from ..types import Votes
+from ..messages import DecodeOptions, Int32s, SettledPrompt
+from ..types import Settlement
 from .reasons import Reason
 
 
@@ -56,7 +56,7 @@ class Unsent:
     row_pages: int = 0
     sentences: int = 0
     private: bool = False
-    voted: VotedPrompt | None = None
+    settled: SettledPrompt | None = None
 
 
 @dataclass
@@ -85,8 +85,8 @@ class RequestState:
         return self.options is not None and self.options.block_groups
 
     @property
-    def votes(self) -> Votes | None:
-        return None if self.options is None else self.options.votes
+    def settlement(self) -> Settlement | None:
+        return None if self.options is None else self.options.settlement
 
     @property
     def compacts(self) -> bool:
@@ -95,7 +95,7 @@ class RequestState:
     @property
     def voting_from(self) -> int:
         """First of the prompt's tokens whose queries vote; the end of the prompt if none do."""
-        window = 0 if self.votes is None else self.votes.window
+        window = 0 if self.settlement is None else self.settlement.window
         return max(0, self.request.num_prompt_tokens - window)
 
     @property

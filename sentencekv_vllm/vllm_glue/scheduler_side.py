@@ -136,7 +136,7 @@ class SchedulerSide:
             seed=(params.seed or 0) % 2**31 if params is not None else 0,
             byte_rows=wanted.byte_rows,
             block_groups=policy.grouping == "blocks",
-            votes=policy.votes,
+            settlement=policy.settlement,
         )
         return Reason.SHORT_CONTEXT, options, policy.keeps_all
 

@@ -19,7 +19,6 @@ from ..ops.token_layout import TokenLayout
 from ..types import Geometry
 from .copy_stream import CopyStream, copy_stream
 from .device_planner import DevicePlanner
-from .election import Election
 from .graphs import Graph
 from .observations import Observations, Observed
 from .plan import StepPlan
@@ -27,6 +26,7 @@ from .planner import STAGES, HostPlanner, Planner, StepFacts
 from .pools import Pools
 from .query_mean import QueryMean
 from .query_previous import QueryPrevious
+from .settling import Settling
 from .tables import Tables
 from .transfer import Array, upload
 
@@ -161,13 +161,15 @@ class Runtime:
                     self.ops.index_sentences(
                         pools, rows, ranges, span_blocks, self._key_offset, s.kind
                     )
-            voted = [u for u in message.updates if u.voted is not None]
-            if voted:
-                election = Election(self.geometry, self._layout, self.observations)
-                for update in voted:
-                    election.add(update, *self.tables.indexed_sentences(update.slot))
+            settled = [u for u in message.updates if u.settled is not None]
+            if settled:
+                settling = Settling(
+                    self.geometry, self._layout, self.rotation, self.observations, self.ops
+                )
+                for update in settled:
+                    settling.add(update, self.tables)
                 for layer, pools in enumerate(self.pools.layers):
-                    election.hold(layer, pools)
+                    settling.settle(layer, pools)
         self.counters["swap_out_bytes"] += len(blocks) * self.pools.page_bytes
         if self.device.type == "cpu":  # elsewhere the host's clock says nothing
             self.counters["offload_ns"] += time.perf_counter_ns() - started

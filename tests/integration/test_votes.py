@@ -21,26 +21,26 @@ def elections(policy: str, chunk: int) -> tuple[list[dict], list[dict], bool]:
     """Serve three prompts, twice: the second time from the prefix cache.
 
     Returns:
-        For each prompt and time the queries that voted and how well the working set holds what
+        For each prompt and time the queries that settled and how well the working set holds what
         SnapKV's formula elects; the outputs; whether nothing leaked.
     """
     llm = make_llm(ROOM, max_num_batched_tokens=chunk)
     runtime = runtime_of(llm)
     seen: list[dict] = []
-    from sentencekv_vllm.worker.election import Election
+    from sentencekv_vllm.worker.settling import Settling
 
-    hold = Election.hold
+    settle = Settling.settle
 
     def checked(self, layer, pools):
         g, layout = runtime.geometry, runtime._layout
         before = pools.cache.clone()
-        hold(self, layer, pools)
-        for ballot in self._ballots:
-            prompt, n = ballot.prompt, g.block_size
-            window = runtime.observations.of(layer, ballot.slot, WINDOW).float()
+        settle(self, layer, pools)
+        for case in self._cases:
+            prompt, n = case.prompt, g.block_size
+            window = runtime.observations.of(layer, case.slot, WINDOW).float()
             flat = before.flatten(2)[torch.tensor(prompt.block_ids)]  # [blocks, H, N * 2D]
             keys = flat[..., layout.keys].transpose(0, 1).flatten(1, 2)[:, : prompt.num_tokens]
-            moved = pools.cache.flatten(2)[ballot.private][..., layout.keys].transpose(0, 1)
+            moved = pools.cache.flatten(2)[case.private][..., layout.keys].transpose(0, 1)
             moved = moved.flatten(1, 2)
             repeated = keys.float().repeat_interleave(g.group_size, 0)  # [Hq, T, D]
             logits = g.scale * window.transpose(0, 1) @ repeated.transpose(1, 2)
@@ -56,7 +56,7 @@ def elections(policy: str, chunk: int) -> tuple[list[dict], list[dict], bool]:
                 seen.append({"layer": layer, "head": h, "same": float(same)})
             seen[-1]["window"] = (prompt.num_tokens, layer, window.clone())
 
-    Election.hold = checked
+    Settling.settle = checked
     outputs = []
     prompts = [item.prompt for item in make_items(llm, PROMPTS, seed=3)]
     params = greedy(8, stop=None, ignore_eos=True, extra_args={"sentencekv_policy": policy})
@@ -107,6 +107,7 @@ def characters_right(policies: list[str]) -> tuple[dict[str, int], bool]:
 
 @pytest.mark.slow
 def test_votes_find_more_of_what_the_question_asks_for_than_the_recent_window_has():
-    right, clean = apart(characters_right, ["snapkv", "windowkv", "sentencekv-pool", "streaming"])
+    chosen = ["snapkv", "sentencekv-pool", "clusterkv"]
+    right, clean = apart(characters_right, [*chosen, "windowkv", "streaming"])
     assert clean
-    assert min(right["snapkv"], right["windowkv"], right["sentencekv-pool"]) > right["streaming"]
+    assert min(right[policy] for policy in chosen) > right["streaming"]

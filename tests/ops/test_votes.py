@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Votes by the formula of SnapKV, counted one query and one token at a time."""
+"""Settlement by the formula of SnapKV, counted one query and one token at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from sentencekv_vllm.ops.token_layout import TokenLayout, read_tokens, write_tokens
 from sentencekv_vllm.ops.votes import count_votes, elect_tokens, retained_means
-from sentencekv_vllm.types import Votes
+from sentencekv_vllm.types import Fate, Settlement
 
 W, G, D, T = 4, 2, 16, 50
 
@@ -38,7 +38,9 @@ def test_votes_are_pooled_attention_of_the_window(max_pool):
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(W, G, D, generator=generator)
     keys = torch.randn(T, D, generator=generator)
-    votes = count_votes(query, keys, D**-0.5, Votes(window=W, kernel=5, max_pool=max_pool))
+    votes = count_votes(
+        query, keys, D**-0.5, Settlement(Fate.COMPACT, window=W, kernel=5, max_pool=max_pool)
+    )
     expected = by_hand(query, keys, D**-0.5, 5, max_pool)
     torch.testing.assert_close(votes, torch.tensor(expected), rtol=1e-4, atol=1e-6)
 

@@ -21,6 +21,7 @@ MODULES = {
     "streaming": "streaming",
     "random": "random",
     "sentencekv-pool": "sentence_kv_pool",
+    "clusterkv": "cluster_kv",
     "snapkv": "snap_kv",
     "windowkv": "window_kv",
 }
@@ -30,7 +31,7 @@ MODULES = {
 def test_every_policy_keeps_the_contract(name):
     policy = POLICIES[name]
     assert policy.name == name
-    has_evidence = policy.index is not None or policy.votes is not None
+    has_evidence = policy.index is not None or policy.settlement is not None
     assert policy.selects == has_evidence, "what is chosen has evidence"
     assert not (policy.selects and policy.keeps_all)
     assert policy.retention >= 0
@@ -66,7 +67,8 @@ def test_quest_ranks_blocks_by_their_bounds_and_everything_else_ranks_sentences(
         Reduce.MEAN,
         0.0,
     )
-    assert {p.name for p in POLICIES.values() if p.index and p.grouping == "blocks"} == {"quest"}
+    ranks_blocks = {p.name for p in POLICIES.values() if p.index and p.grouping == "blocks"}
+    assert ranks_blocks == {"quest", "clusterkv"}
 
 
 def test_mean_std_ranks_sentences_by_two_vectors():

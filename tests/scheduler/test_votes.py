@@ -10,11 +10,13 @@ import pytest
 
 from sentencekv_vllm.messages import DecodeOptions
 from sentencekv_vllm.scheduler.reasons import Reason
-from sentencekv_vllm.types import Votes
+from sentencekv_vllm.types import Fate, Settlement
 
 PROMPT, WINDOW = 101, 9  # 25 full blocks of 4 and one token; recent window of 6
-VOTING = DecodeOptions(0, 0, 0.0, 0, 3, 0, 8, block_groups=True, votes=Votes(window=WINDOW))
-POOL = replace(VOTING, block_groups=False, votes=Votes(window=WINDOW, compact=False))
+VOTING = DecodeOptions(
+    0, 0, 0.0, 0, 3, 0, 8, block_groups=True, settlement=Settlement(Fate.COMPACT, window=WINDOW)
+)
+POOL = replace(VOTING, block_groups=False, settlement=Settlement(Fate.RETAIN, window=WINDOW))
 
 
 def observed_places(messages) -> list[int]:
@@ -53,8 +55,8 @@ def test_a_compacted_history_is_freed_once_and_nothing_is_copied_out(simulate):
     message = sim.step("a", 1)
     (update,) = message.updates
     lo, hi = 1, (PROMPT - WINDOW) // 4
-    assert (update.voted.history_lo, update.voted.history_hi) == (lo, hi)
-    assert update.voted.block_ids == blocks and update.voted.num_tokens == PROMPT
+    assert (update.settled.history_lo, update.settled.history_hi) == (lo, hi)
+    assert update.settled.block_ids == blocks and update.settled.num_tokens == PROMPT
     assert len(update.private_blocks) == VOTING.budget_blocks
     assert not update.block_ids and not update.page_ids and sim.ledger.pages.num_used == 0
     assert len(sim.free) - before == hi - lo - VOTING.budget_blocks
@@ -73,12 +75,12 @@ def test_a_pool_keeps_its_pages_and_its_sentences(simulate):
     sim.prefill("a", 32)
     message = sim.step("a", 1)
     (update,) = message.updates
-    assert update.voted is not None and len(update.private_blocks) == 5, "the working set"
+    assert update.settled is not None and len(update.private_blocks) == 5, "the working set"
     assert sim.ledger.pages.num_used == PROMPT // 4
     first = int(message.sparse.history_hi[0])
     for _ in range(20):
         message = sim.step("a", 1)
-        assert all(u.voted is None for u in message.updates)
+        assert all(u.settled is None for u in message.updates)
     assert int(message.sparse.history_hi[0]) > first, "generated text can be recalled"
     sim.end("a")
     assert sim.is_clean
@@ -95,9 +97,9 @@ def test_a_preempted_request_votes_again(simulate, options):
     messages = sim.prefill("a", 32)
     assert observed_places(messages) == list(range(WINDOW)), "of the prompt, not what followed"
     (update,) = sim.step("a", 1).updates
-    assert update.voted.num_tokens == PROMPT
+    assert update.settled.num_tokens == PROMPT
     if options.compacts:
-        assert update.voted.history_hi == (PROMPT - WINDOW) // 4
+        assert update.settled.history_hi == (PROMPT - WINDOW) // 4
     sim.end("a")
     assert sim.is_clean
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Votes carried out: what is compacted is what attention then sees."""
+"""Settlement carried out: what is compacted is what attention then sees."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import numpy as np
 import torch
 from small_runtime import BLOCKS, GEOMETRY, GROUP, HEADS, D, N, attend, make_runtime, options, rows
 
-from sentencekv_vllm.messages import ObservedRows, RequestUpdate, StepMessage, VotedPrompt
+from sentencekv_vllm.messages import ObservedRows, RequestUpdate, SettledPrompt, StepMessage
 from sentencekv_vllm.ops.votes import count_votes, elect_tokens
-from sentencekv_vllm.types import Votes
+from sentencekv_vllm.types import Fate, Settlement
 
 PROMPT, LO, HI, BUDGET = 77, 1, 8, 3  # tokens; blocks
-VOTES = Votes(window=6, kernel=3)
+VOTES = Settlement(Fate.COMPACT, window=6, kernel=3)
 
 
-def voted(runtime, slot, blocks, private, votes=VOTES, index=None) -> RequestUpdate:
-    prompt = VotedPrompt(votes, blocks, PROMPT, LO, HI, BUDGET)
+def settled(slot, blocks, private, votes=VOTES) -> RequestUpdate:
+    prompt = SettledPrompt(votes, blocks, PROMPT, LO, HI, BUDGET)
     none = np.empty(0, np.int32)
-    chosen = options(votes=votes, budget_blocks=BUDGET, block_groups=True)
+    chosen = options(settlement=votes, budget_blocks=BUDGET, block_groups=True)
     return RequestUpdate(slot, chosen, [], [], [], none, private, prompt)
 
 
@@ -72,7 +72,7 @@ def test_attention_sees_the_elected_tokens_where_two_requests_trade_blocks():
     private = {0: second[LO : LO + BUDGET], 2: first[LO : LO + BUDGET]}
     windows = {slot: observe(runtime, slot, generator) for slot in (0, 2)}
     before = [pools.cache.clone() for pools in runtime.pools.layers]
-    updates = [voted(runtime, 0, first, private[0]), voted(runtime, 2, second, private[2])]
+    updates = [settled(0, first, private[0]), settled(2, second, private[2])]
     sparse = rows([0, 2], [first[-1], second[-1]], hi=HI)
     sparse.seq_lens[:] = PROMPT
     runtime.apply(StepMessage(runtime._step + 1, [], updates, sparse, frees=True))
@@ -95,15 +95,13 @@ def test_attention_sees_the_elected_tokens_where_two_requests_trade_blocks():
 
 
 def test_layers_of_a_group_share_the_choice_of_the_first():
-    votes = Votes(window=6, kernel=3, layer_group=2)
+    votes = Settlement(Fate.COMPACT, window=6, kernel=3, layer_group=2)
     runtime = make_runtime(working_set=5)
     window = observe(runtime, 0, torch.Generator().manual_seed(3))
     blocks, private = list(range(1, 11)), [30, 31, 32]
     before = [pools.cache.clone() for pools in runtime.pools.layers]
     sparse = rows([0], [blocks[-1]], hi=HI)
-    runtime.apply(
-        StepMessage(runtime._step + 1, [], [voted(runtime, 0, blocks, private, votes)], sparse)
-    )
+    runtime.apply(StepMessage(runtime._step + 1, [], [settled(0, blocks, private, votes)], sparse))
     assert max(private) < BLOCKS
     for h in range(HEADS):
         keys, _ = tokens_of(before[0], blocks, h)
@@ -118,13 +116,13 @@ def test_layers_of_a_group_share_the_choice_of_the_first():
 
 
 def test_a_sentence_that_retained_nothing_is_barred_and_the_others_are_means_of_what_they_kept():
-    votes = Votes(window=6, kernel=3, compact=False, factor=0.5)
+    votes = Settlement(Fate.RETAIN, window=6, kernel=3, factor=0.5)
     runtime = make_runtime(working_set=5)
     window = observe(runtime, 0, torch.Generator().manual_seed(4))
     blocks, pages = list(range(1, 11)), list(range(20, 30))
     ends = np.arange(5, 10 * N + 1, 5, dtype=np.int32)
-    prompt = VotedPrompt(votes, blocks, PROMPT, LO, HI, BUDGET)
-    chosen = options(votes=votes, budget_blocks=BUDGET, index_kind=1)
+    prompt = SettledPrompt(votes, blocks, PROMPT, LO, HI, BUDGET)
+    chosen = options(settlement=votes, budget_blocks=BUDGET, index_kind=1)
     update = RequestUpdate(0, chosen, blocks, pages, pages, ends, [40, 41, 42, 43, 44], prompt)
     runtime.apply(StepMessage(runtime._step + 1, [], [update], rows([0], [10], hi=HI)))
     sentence_rows, indexed_ends = runtime.tables.indexed_sentences(0)
@@ -146,3 +144,49 @@ def test_a_sentence_that_retained_nothing_is_barred_and_the_others_are_means_of_
                     barred += 1
                 start = end
             assert 0 < barred < len(sentence_rows)
+
+
+def test_clustered_pages_hold_the_same_tokens_and_the_mean_keys_of_what_they_hold():
+    """With room for the whole history the output is that of dense attention in any order."""
+    clustering = Settlement(Fate.CLUSTER, window=0, cluster_tokens=10)
+    everything = HI - LO
+    runtime = make_runtime(working_set=everything)
+    blocks, pages = list(range(1, 11)), list(range(20, 30))
+    ends = np.arange(N, 10 * N + 1, N, dtype=np.int32)
+    prompt = SettledPrompt(clustering, blocks, PROMPT, LO, HI, everything)
+    chosen = options(
+        settlement=clustering, budget_blocks=everything, index_kind=1, block_groups=True
+    )
+    private = [*range(40, 40 + everything)]
+    update = RequestUpdate(0, chosen, blocks, pages, pages, ends, private, prompt)
+    before = [pools.cache.clone() for pools in runtime.pools.layers]
+    sparse = rows([0], [blocks[-1]], hi=HI)
+    sparse.seq_lens[:] = PROMPT
+    runtime.apply(StepMessage(runtime._step + 1, [], [update], sparse, frees=True))
+    history = slice(LO * N, HI * N)
+    moved = 0
+    for layer, pools in enumerate(runtime.pools.layers):
+        assert torch.equal(pools.cache, before[layer]), "the prefix cache may still want the blocks"
+        for h in range(HEADS):
+            keys, values = tokens_of(before[layer], blocks, h)
+            page_keys, page_values = tokens_of(pools.host, pages[LO:HI], h)
+            source = (page_keys[:, None] == keys[history]).all(-1).float().argmax(1)
+            assert sorted(source.tolist()) == list(range(everything * N)), "each token once"
+            assert torch.equal(page_values, values[history][source]), "K and V move together"
+            moved += int((source != torch.arange(everything * N)).sum())
+            table = runtime.tables.indexed_sentences(0)[0][LO:HI].tolist()
+            means = page_keys.view(everything, N, D).mean(1).bfloat16()
+            torch.testing.assert_close(pools.centroids[table, h], means)
+    assert moved > 0
+    plan = runtime.plan(
+        block_table=torch.tensor([blocks], dtype=torch.int32),
+        slot_mapping=torch.tensor([blocks[-1]]) * N + 3,
+        last_tokens=torch.zeros(1, dtype=torch.int64),
+    )
+    query = torch.randn(1, HEADS * GROUP, D, generator=torch.Generator().manual_seed(5))
+    output = attend(runtime, plan, 1, query)[0]
+    for h in range(HEADS):
+        keys, values = (t[:PROMPT] for t in tokens_of(before[1], blocks, h))
+        group = slice(h * GROUP, (h + 1) * GROUP)
+        dense = (GEOMETRY.scale * query[0, group] @ keys.T).softmax(-1) @ values
+        torch.testing.assert_close(output[group], dense, rtol=1e-4, atol=1e-5)
