@@ -15,7 +15,7 @@ from sentencekv_vllm.ops.layer_ops import ReferenceOps
 from sentencekv_vllm.ops.load import Sizes
 from sentencekv_vllm.ops.sparse_decode import sparse_decode
 from sentencekv_vllm.ops.token_layout import TokenLayout
-from sentencekv_vllm.types import Geometry, IndexKind, Reduce, Votes
+from sentencekv_vllm.types import Fate, Geometry, IndexKind, Reduce, Settlement
 from sentencekv_vllm.worker import device_planner
 from sentencekv_vllm.worker.runtime import Runtime
 from sentencekv_vllm.worker.step_buffers import StepSize, power_of_two
@@ -82,7 +82,7 @@ class Request:
             budget_blocks=2 + kinds[1] % 3,
             seed=kinds[2],
             byte_rows=1 + kinds[2] % 2,
-            votes=Votes() if kinds[1] % 5 == 0 else None,  # a compacted history
+            settlement=Settlement(Fate.COMPACT) if kinds[1] % 5 == 0 else None,
         )
 
     def update(self):
