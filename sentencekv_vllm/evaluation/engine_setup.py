@@ -75,7 +75,7 @@ def _room(variants: Sequence[Variant]) -> dict[str, int]:
     policies = [POLICIES[variant.policy] for variant in variants if variant.policy]
     return {
         "index_vectors": max((i.vectors for i in indexes if i is not None), default=1),
-        "observation_window": max((p.votes.window for p in policies if p.votes), default=0),
+        "observation_window": max((p.settlement.window for p in policies if p.settlement), default=0),
     }
 
 
