@@ -67,17 +67,27 @@ def load_problems(spec: str, num_items: int, lengths: Sequence[int] = ()) -> lis
 
 
 def check_lengths(
-    problems: Sequence[Problem], longest: int, count_tokens: Callable[[str], int]
+    problems: Sequence[Problem],
+    longest: int,
+    longest_reply: int,
+    count_tokens: Callable[[str], int],
 ) -> None:
     """Refuse questions from files that an engine has no room for.
 
     Raises:
-        BenchmarkFileError: a prompt has more than `longest` tokens.
+        BenchmarkFileError: a prompt or a reply has more tokens.
     """
     for problem in problems:
         if problem.cell.tokens:
             continue  # made to measure
-        tokens = count_tokens(problem.make(count_tokens).prompt) + 1
+        item = problem.make(count_tokens)
+        tokens = count_tokens(item.prompt) + 1
+        reply = count_tokens(item.forced) + item.max_tokens
+        if reply > longest_reply:
+            raise BenchmarkFileError(
+                f"{problem.cell}, question {problem.seed}: {reply} tokens of earlier turns and "
+                f"reply, the engine has room for {longest_reply}: leave the question out"
+            )
         if tokens > longest:
             raise BenchmarkFileError(
                 f"{problem.cell}, question {problem.seed}: {tokens} prompt tokens, the engine "
@@ -125,22 +135,28 @@ LONGBENCH_METRICS: dict[str, Metric] = {
     ),
     "passage_count": scores.right_number,
     "passage_retrieval_en": scores.right_paragraph,
+    **dict.fromkeys(("gov_report", "qmsum", "multi_news", "samsum"), scores.rouge_l),
+    **dict.fromkeys(("lcc", "repobench-p"), scores.code_similarity),
 }
+LONGBENCH_CLASSES = ("trec", "lsht")
+FIRST_LINE = ("triviaqa", "samsum", *LONGBENCH_CLASSES)
+"""Few-shot tasks: the reply goes on with the next question."""
 
 
 def _longbench(path: Path, sample: Sample) -> Item:
     task = sample["dataset"].removesuffix("_e")
-    if task not in LONGBENCH_METRICS:
+    if task not in (*LONGBENCH_METRICS, *LONGBENCH_CLASSES):
         raise BenchmarkFileError(
             f"{path}: LongBench's metric of {sample['dataset']!r} is not available, use one of "
-            f"{', '.join(LONGBENCH_METRICS)}"
+            f"{', '.join([*LONGBENCH_METRICS, *LONGBENCH_CLASSES])}"
         )
     prompts, lengths = (
         _beside(path, f"dataset2{what}.json", "LongBench's own folder config")
         for what in ("prompt", "maxlen")
     )
-    metric = LONGBENCH_METRICS[task]
-    first = task == "triviaqa"  # a few-shot task: the reply goes on with the next question
+    classes = task in LONGBENCH_CLASSES
+    metric = scores.right_class(sample["all_classes"]) if classes else LONGBENCH_METRICS[task]
+    first = task in FIRST_LINE
 
     def score(text: str, references: Any) -> float:
         return metric(text.lstrip("\n").split("\n")[0] if first else text, references)
@@ -158,6 +174,12 @@ INFINITEBENCH: dict[str, tuple[Metric, int]] = {
     "number_string": (scores.first_number, 12),
     "kv_retrieval": (scores.has_word, 50),
     "longbook_qa_eng": (scores.token_f1, 40),
+    "longbook_sum_eng": (scores.rouge_l, 1200),
+    "longdialogue_qa_eng": (scores.match_any, 40),
+    "math_find": (scores.first_number, 3),
+    "code_run": (scores.any_number_last, 5),
+    "longbook_choice_eng": (scores.right_letter, 40),
+    "code_debug": (scores.right_letter, 5),
 }
 """Metric and longest reply of each task."""
 
@@ -171,12 +193,46 @@ def _infinitebench(path: Path, sample: Sample) -> Item:
         )
     metric, max_tokens = INFINITEBENCH[task]
     answer = sample["answer"]
+    references = list(map(str, answer if isinstance(answer, list) else [answer]))
+    options = ""
+    if metric is scores.right_letter:
+        choices = dict(zip("ABCD", sample["options"], strict=False))
+        options = "".join(f"\n{letter}. {text}" for letter, text in choices.items())
+        references = [letter for letter, text in choices.items() if text == references[0]]
     return Item(
-        prompt=f"{sample['context']}\n\n{sample['input']}\nAnswer:",
-        references=tuple(map(str, answer if isinstance(answer, list) else [answer])),
+        prompt=f"{sample['context']}\n\n{sample['input']}{options}\nAnswer:",
+        references=tuple(references),
         metric=metric,
         max_tokens=max_tokens,
     )
+
+
+def _longbench_v2(path: Path, sample: Sample) -> Item:
+    choices = "".join(f"\n({letter}) {sample[f'choice_{letter}']}" for letter in "ABCD")
+    return Item(
+        prompt=f"{sample['context']}\n\n{sample['question']}{choices}\nThe correct answer is (",
+        references=(sample["answer"],),
+        metric=scores.right_letter,
+        max_tokens=8,
+    )
+
+
+def _scbench(path: Path, sample: Sample) -> Item:
+    """The last turn; those before it are given with their answers, in one request."""
+    *before, last = sample["multi_turns"]
+    turns = [f"\n\n{turn['input']}\nAnswer:" for turn in sample["multi_turns"]]
+    answers = [f" {_text(turn['answer'])}" for turn in before]
+    return Item(
+        prompt=sample["context"] + turns[0],
+        references=(_text(last["answer"]),),
+        metric=scores.match_any,
+        max_tokens=128,
+        forced="".join(a + q for a, q in zip(answers, turns[1:], strict=True)),
+    )
+
+
+def _text(answer: Any) -> str:
+    return str(answer[0] if isinstance(answer, list) else answer)
 
 
 def _beside(path: Path, name: str, source: str) -> dict[str, Any]:
@@ -190,6 +246,11 @@ def _beside(path: Path, name: str, source: str) -> dict[str, Any]:
 FORMATS: dict[str, Format] = {
     "ruler": Format("RULER's TASK/validation.jsonl (input, outputs)", _ruler),
     "longbench": Format("LongBench v1's TASK.jsonl (context, input, answers, dataset)", _longbench),
+    "longbench-v2": Format(
+        "LongBench v2's questions, one a line (context, question, choice_A to choice_D, answer)",
+        _longbench_v2,
+    ),
+    "scbench": Format("SCBench's TASK.jsonl (context, multi_turns: input, answer)", _scbench),
     "infinitebench": Format("InfiniteBench's TASK.jsonl (context, input, answer)", _infinitebench),
 }
 

@@ -116,7 +116,12 @@ def _answer(
     send: Send,
 ) -> None:
     if not options.server:
-        check_lengths(problems, engine_setup.longest_prompt(options), engine.count_tokens)
+        check_lengths(
+            problems,
+            engine_setup.longest_prompt(options),
+            engine_setup.longest_reply(options),
+            engine.count_tokens,
+        )
     run(
         engine,
         problems,

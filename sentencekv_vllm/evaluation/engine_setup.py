@@ -30,6 +30,11 @@ def longest_prompt(options: argparse.Namespace) -> int:
     return int(options.max_prompt_tokens or max(options.contexts))
 
 
+def longest_reply(options: argparse.Namespace) -> int:
+    """Tokens, forced ones included."""
+    return 2048 if options.data else 512
+
+
 def kv_shape(options: argparse.Namespace) -> KVShape | None:
     """None where the model's configuration is not at hand."""
     return KVShape.of_model(Path(options.model), options.block_size)
@@ -65,6 +70,7 @@ def start(options: argparse.Namespace, variants: Sequence[Variant]) -> Engine:
         block_size=options.block_size,
         max_prompt_tokens=longest_prompt(options),
         max_requests=options.requests,
+        max_output_tokens=longest_reply(options),
         kv_cache_bytes=int(options.kv_cache_gib * 2**30),
     )
 

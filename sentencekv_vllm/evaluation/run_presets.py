@@ -19,7 +19,7 @@ PRESETS: dict[str, dict[str, str]] = {
         "--contexts": "2048,4096,8192,16384",
         "--policies": "all",
         "--budgets": "128,192,320,576,1088",  # history of 64 to 1024 tokens
-        "--items": "25",
+        "--items": "15",
         "--working-set": "1280",
         "--host-pool-gib": "2",
     },

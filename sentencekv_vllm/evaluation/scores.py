@@ -11,6 +11,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 
 from .recall_tasks import first_line
 
@@ -64,6 +65,54 @@ def has_word(text: str, references: Sequence[str]) -> float:
     """The reference is a word of the text, without punctuation (InfiniteBench's key-value)."""
     words = re.split(r"[\s\"'.,:;{}\[\]()]+", text)
     return float(references[0] in words)
+
+
+def rouge_l(text: str, references: Sequence[str]) -> float:
+    """Best ROUGE-L F1 over the references: longest common subsequence of words (Lin, 2004)."""
+    found = text.split()
+    return max(_lcs_f1(found, reference.split()) for reference in references)
+
+
+def any_number_last(text: str, references: Sequence[str]) -> float:
+    """The last number in the text is the reference (InfiniteBench's code_run)."""
+    numbers = re.findall(r"-?\d+", text)
+    return float(bool(numbers) and numbers[-1] == references[0])
+
+
+def right_letter(text: str, references: Sequence[str]) -> float:
+    """The choice that the text names is the reference, a letter from A to D (LongBench v2)."""
+    found = re.search(r"answer is \(?([A-D])\)?", text) or re.search(r"\b([A-D])\b", text)
+    return float(found is not None and found[1] == references[0])
+
+
+def code_similarity(text: str, references: Sequence[str]) -> float:
+    """Similarity of the first line of code to the reference (LongBench's code tasks).
+
+    By `difflib`, which is within a few hundredths of the edit similarity that the authors use.
+    """
+    lines = (line for line in text.lstrip("\n").split("\n") if not re.search(r"`|#|//", line))
+    line = next(lines, "")
+    return max(SequenceMatcher(None, line, reference).ratio() for reference in references)
+
+
+def right_class(classes: Sequence[str]) -> Metric:
+    """Whether the text names the right class, shared with the others that it names (LongBench)."""
+
+    def score(text: str, references: Sequence[str]) -> float:
+        named = [name for name in classes if name in text]
+        whole = [n for n in named if not any(n in other and n != other for other in named)]
+        return 1 / len(whole) if references[0] in whole else 0.0
+
+    return score
+
+
+def _lcs_f1(found: Sequence[str], wanted: Sequence[str]) -> float:
+    row = [0] * (len(wanted) + 1)
+    for word in found:
+        above = 0
+        for i, other in enumerate(wanted, 1):
+            above, row[i] = row[i], above + 1 if word == other else max(row[i], row[i - 1])
+    return 2 * row[-1] / (len(found) + len(wanted)) if row[-1] else 0.0
 
 
 def _words(text: str) -> list[str]:

@@ -7,7 +7,11 @@ import json
 
 import pytest
 
-from sentencekv_vllm.evaluation.benchmark_files import BenchmarkFileError, load_problems
+from sentencekv_vllm.evaluation.benchmark_files import (
+    BenchmarkFileError,
+    check_lengths,
+    load_problems,
+)
 
 
 def write(path, *samples):
@@ -51,6 +55,8 @@ def longbench(tmp_path, task, answer):
         ("triviaqa", "red", "\nred\nQuestion: next", 1),
         ("hotpotqa", "red", "red\nhouse", 2 / 3),
         ("passage_count", "3", "3", 1),
+        ("gov_report", "a b", "a b", 1),
+        ("lcc", "x = 1", "x = 1\ny", 1),
         ("passage_retrieval_en", "Paragraph 3", "Paragraph 3", 1),
     ],
 )
@@ -79,7 +85,7 @@ def test_a_file_is_read_up_to_the_number_of_items(tmp_path):
 @pytest.mark.parametrize(
     "spec,match",
     [
-        ("helmet:x.jsonl", "format of ruler, longbench, infinitebench"),
+        ("helmet:x.jsonl", "format of ruler, longbench, longbench-v2, scbench"),
         ("ruler", "is not FORMAT:FILE"),
         ("ruler:/absent/validation.jsonl", "does not exist: --data ruler reads RULER's TASK"),
     ],
@@ -102,10 +108,10 @@ def test_an_empty_file_has_no_questions(tmp_path):
 
 
 def test_tasks_without_their_metric_are_refused(tmp_path):
-    with pytest.raises(BenchmarkFileError, match="metric of 'gov_report' is not available"):
-        load_problems(f"longbench:{longbench(tmp_path, 'gov_report', 'x')}", 1)
-    path = write(tmp_path / "longbook_sum_eng.jsonl", {"context": "", "input": "", "answer": []})
-    with pytest.raises(BenchmarkFileError, match="'longbook_sum_eng' is not available"):
+    with pytest.raises(BenchmarkFileError, match="metric of 'vcsum' is not available"):
+        load_problems(f"longbench:{longbench(tmp_path, 'vcsum', 'x')}", 1)
+    path = write(tmp_path / "math_calc.jsonl", {"context": "", "input": "", "answer": []})
+    with pytest.raises(BenchmarkFileError, match="'math_calc' is not available"):
         load_problems(f"infinitebench:{path}", 1)
 
 
@@ -114,3 +120,42 @@ def test_longbench_asks_for_its_prompts(tmp_path):
     (tmp_path / "dataset2prompt.json").unlink()
     with pytest.raises(BenchmarkFileError, match="dataset2prompt.json does not exist: copy it"):
         load_problems(f"longbench:{path}", 1)
+
+
+def test_a_class_of_longbench_is_among_those_of_its_sample(tmp_path):
+    path = longbench(tmp_path, "trec", "Date")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"all_classes": ["Date", "Place"]}))
+    _, item = only(f"longbench:{path}")
+    assert item.metric("Date\nPlace", item.references) == 1
+
+
+def test_longbench_v2_has_four_choices(tmp_path):
+    sample = {"context": "C", "question": "Q", "answer": "B"}
+    sample |= {f"choice_{letter}": f"text {letter}" for letter in "ABCD"}
+    _, item = only(f"longbench-v2:{write(tmp_path / 'v2.jsonl', sample)}")
+    assert "(B) text B" in item.prompt
+    assert item.metric("B)", item.references) == 1
+
+
+def test_scbench_gives_the_earlier_turns_in_the_same_request(tmp_path):
+    turns = [{"input": "Q1", "answer": "one"}, {"input": "Q2", "answer": ["two"]}]
+    path = write(tmp_path / "scbench_kv.jsonl", {"context": "C", "multi_turns": turns})
+    _, item = only(f"scbench:{path}")
+    assert item.prompt == "C\n\nQ1\nAnswer:"
+    assert item.forced == " one\n\nQ2\nAnswer:"
+    assert item.metric("It is two.", item.references) == 1
+
+
+def test_choices_of_infinitebench_are_letters(tmp_path):
+    sample = {"context": "C", "input": "Q", "options": ["x", "y", "z", "w"], "answer": ["y"]}
+    _, item = only(f"infinitebench:{write(tmp_path / 'longbook_choice_eng.jsonl', sample)}")
+    assert "\nB. y" in item.prompt
+    assert item.references == ("B",)
+
+
+def test_a_reply_that_the_engine_has_no_room_for_is_named(tmp_path):
+    turns = [{"input": "Q", "answer": "word " * 50}, {"input": "Q", "answer": "x"}]
+    path = write(tmp_path / "scbench_kv.jsonl", {"context": "C", "multi_turns": turns})
+    (problems,) = load_problems(f"scbench:{path}", 1)
+    with pytest.raises(BenchmarkFileError, match="earlier turns and reply"):
+        check_lengths(problems, 100, 150, lambda text: len(text.split()))

@@ -51,7 +51,7 @@ def test_a_run_leaves_results_summary_and_report(evaluate, tmp_path, capsys):
     assert json.loads(lines[0])["model"] == "tiny-recall"
     assert len(lines) == 1 + 2 * 2 * 2 * 2 * 4  # tasks, styles, contexts, items, variants
     rows = list(csv.DictReader((folder / "summary.csv").open()))
-    assert len(rows) == (8 + 1) * 4
+    assert len(rows) == (8 + 2 + 2 + 1) * 4  # cells, pools of tasks and of lengths, all
     assert all(int(row["exact_questions"]) for row in rows)
     assert all(float(r["exact_low"]) <= float(r["exact"]) <= float(r["exact_high"]) for r in rows)
     assert "sentencekv @ 128 | 64 | 16 | 0.00 (0.00-0.19)" in capsys.readouterr().out

@@ -27,6 +27,16 @@ from sentencekv_vllm.evaluation import scores
         (scores.first_number, "714", ("71432",), 0),
         (scores.has_word, '"a1-b2": "c3-d4"}', ("c3-d4",), 1),
         (scores.has_word, "c3-d44", ("c3-d4",), 0),
+        # "a c d" is common: 2 * 3 / (4 + 4)
+        (scores.rouge_l, "a b c d", ("a c x d",), 0.75),
+        (scores.rouge_l, "", ("a",), 0),
+        (scores.right_letter, "The correct answer is (C).", ("C",), 1),
+        (scores.right_letter, "B) since A is wrong", ("B",), 1),
+        (scores.right_letter, "none", ("A",), 0),
+        (scores.code_similarity, "# note\nreturn x", ("return x",), 1),
+        (scores.any_number_last, "f(3) is -7", ("-7",), 1),
+        (scores.right_class(["Date", "Other date", "Place"]), "Other date", ("Other date",), 1),
+        (scores.right_class(["Date", "Place"]), "Date or Place", ("Place",), 0.5),
     ],
 )
 def test_metric(metric, text, references, expected):
