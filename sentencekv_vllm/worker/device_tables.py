@@ -58,11 +58,10 @@ class DeviceTables:
         ):
             width = target.shape[1]
             counts = np.minimum(table.counts[slots], width)  # entries behind it are never read
-            for slot, count in zip(slots, counts, strict=True):
-                first = int(self._sent[i, slot])
-                if count > first:
-                    places.append(self._starts[i] + slot * width + np.arange(first, count))
-                    values.append(table.values[slot, first:count])
+            for row in np.flatnonzero(counts > self._sent[i, slots]):
+                slot, first, count = slots[row], int(self._sent[i, slots[row]]), counts[row]
+                places.append(self._starts[i] + slot * width + np.arange(first, count))
+                values.append(table.values[slot, first:count])
             self._sent[i, slots] = counts
         width = self.private.shape[1]
         for slot in slots[self._sent[3, slots] != width]:

@@ -71,6 +71,7 @@ class Runtime:
             new_graph: records what a step does on such tensors; None: nothing is recorded.
         """
         self.geometry = geometry
+        self.max_pages = num_pages if sizes is None else sizes.max_pages  # of one request
         self.layer_index = {name: i for i, name in enumerate(layer_names)}
         self.ops = ops
         self.pools = Pools(geometry, num_pages, caches)

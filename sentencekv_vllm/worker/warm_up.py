@@ -32,7 +32,7 @@ def warm_up(runtime: Runtime, attend: Callable[[StepPlan, Tensor], None]) -> Non
     n, working_set = geometry.block_size, tables.private.shape[1]
     cache = runtime.pools.layers[0].cache
     num_pages, num_blocks = runtime.pools.host.shape[1], len(cache)
-    history = min(working_set + 1, num_pages)
+    history = min(working_set + 1, num_pages, runtime.max_pages)
     if num_blocks <= working_set:
         return  # no request of this engine will be sparse
     cache[0].normal_()  # any numbers; the null block stands in for all of the history

@@ -19,6 +19,7 @@ from sentencekv_vllm.types import Fate, Geometry, IndexKind, Reduce, Settlement
 from sentencekv_vllm.worker import device_planner
 from sentencekv_vllm.worker.runtime import Runtime
 from sentencekv_vllm.worker.step_buffers import StepSize, power_of_two
+from sentencekv_vllm.worker.warm_up import warm_up
 
 from .fake_graph import FakeGraph
 
@@ -42,11 +43,8 @@ class SteppedReference(ReferenceOps):
         super().reuse_selection(pools, replace(batch, step=self.step), out)
 
 
-def sizes():
-    return Sizes(GEOMETRY, CPU, SLOTS, CONTEXT, 80, WORKING_SET)
-
-
-def make_runtime(persistent, new_graph=None, layer_share=1):
+def make_runtime(persistent, new_graph=None, layer_share=1, max_pages=CONTEXT):
+    sizes = Sizes(GEOMETRY, CPU, SLOTS, max_pages, 80, WORKING_SET)
     generator = torch.Generator().manual_seed(0)
     caches = [torch.randn(BLOCKS, HEADS, N, 2 * D, generator=generator) for _ in range(LAYERS)]
     token_order = torch.arange(N * D).view(N, D)  # of K, the first half of a head-block
@@ -60,7 +58,7 @@ def make_runtime(persistent, new_graph=None, layer_share=1):
         ops=SteppedReference(),
         layer_names=[str(i) for i in range(LAYERS)],
         layer_share=layer_share,
-        sizes=sizes() if persistent else None,
+        sizes=sizes if persistent else None,
         new_graph=new_graph,
     )
 
@@ -233,3 +231,18 @@ def test_sizes_are_powers_of_two_up_to_the_limits():
     assert StepSize.of(1, 600, 900, 3, 40, limits) == StepSize(1, 600, 1000, 8, 40)
     with pytest.raises(AssertionError):
         StepSize.of(7, 65, 3, 9, 40, limits)
+
+
+@pytest.mark.parametrize("max_pages", [3, CONTEXT])
+def test_the_made_up_request_is_no_longer_than_a_request_can_be(max_pages):
+    """A short context and a large working set; compiled, captured and replayed for each kind."""
+    FakeGraph.made.clear()
+    runtime = make_runtime(True, FakeGraph, max_pages=max_pages)
+    steps = []
+
+    def attend(plan, query):
+        plan.graphs.run("layer", lambda: steps.append(runtime.rank(plan, 0, query)))
+
+    warm_up(runtime, attend)
+    assert len(steps) == 6 and not runtime.has_sparse_rows
+    assert runtime._planner._limits.pages == max_pages and len(FakeGraph.made) == 2
