@@ -161,6 +161,20 @@ def test_every_step_leaves_the_state_of_the_reference(ops: CpuOps, case: Case) -
             mine = copy_pools(layer.pools)
 
 
+@pytest.mark.parametrize("reduce", list(Reduce))
+def test_sentences_without_a_centroid_come_last(ops: CpuOps, reduce: Reduce) -> None:
+    """Barred sentences (NaN, see `worker/settling.py`) fill what the others leave over."""
+    row = Row(kind=IndexKind.CENTROID, reduce=reduce, retention=0.0)
+    layer = build(Case((row, replace(row, tokens=577)), group=4))
+    for s in range(2):
+        rows = sentence_rows(layer.batch, s, layer.geometry.rows_per_page)
+        layer.pools.centroids[rows[::2]] = float("nan")
+        layer.pools.centroids[rows[1::6], 0] = float("nan")  # of one KV head only
+    mine = copy_pools(layer.pools)
+    for step in range(3):
+        assert_step(ops, layer, mine, layer.query(step), step)
+
+
 @pytest.mark.parametrize("name", ["every-kind", "whole-history", "no-history", "float32"])
 def test_a_layer_attends_to_what_the_layer_before_selected(ops: CpuOps, name: str) -> None:
     layer = build(CASES[name])

@@ -160,6 +160,18 @@ def test_zero_keys_and_zero_queries_score_zero(build, kernels, workspace):
     compare(case, work, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("reduce", list(Reduce))
+def test_sentences_without_a_centroid_come_last(build, kernels, workspace, reduce):
+    case = build(build.row(kind=IndexKind.CENTROID, reduce=reduce), head_dim=64)
+    case.pools.centroids[::2] = math.nan
+    work = workspace(case, kernels)
+    run(case.to(kernels), work)
+    compare(case, work)
+    scores = work.scores[0].cpu()
+    barred = scores < -1e20
+    assert barred.any() and not barred.all(), "a large negative number, above -inf"
+
+
 def test_scratch_maxima_are_empty_again(build, kernels, workspace):
     from sentencekv_vllm.triton_kernels.ordered import LOWEST
 
