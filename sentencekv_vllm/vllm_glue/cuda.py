@@ -100,7 +100,7 @@ def attend_sparse(
 def run_layer(
     layer: int, query: Tensor, kv_cache: Tensor, call: CudaSparseCall, output: Tensor, scale: float
 ) -> None:
-    """The sparse rows of a layer: gather, one graph, scatter.
+    """The sparse rows of a layer: gather, wait for what was ranked ahead, one graph, scatter.
 
     Args:
         query: [num_tokens, Hq, D] of the whole batch.
@@ -109,6 +109,7 @@ def run_layer(
     """
     runtime, plan = call.runtime, call.plan
     torch.index_select(query, 0, plan.tokens, out=call.query)
+    runtime.await_layer(plan, layer)
 
     def work() -> None:
         tables = runtime.rank(plan, layer, call.query)

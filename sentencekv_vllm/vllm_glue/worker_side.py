@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from ..config import ConfigError
 from ..ops.load import Sizes, make_layer_ops
 from ..resolved import ResolvedConfig, blocks
 from ..types import Geometry
-from ..worker.graphs import CudaGraphs
+from ..worker.graphs import CudaGraphs, Graph
+from ..worker.prefetch import Prefetch
 from ..worker.runtime import Runtime
 from ..worker.tables import rounded_up
 from . import full_graphs
@@ -56,6 +58,11 @@ def build_runtime(
     )
     sizes = _sizes(vllm_config, resolved, geometry, caches[0].device)
     on_gpu = sizes.device.type == "cuda"
+    device = sizes.device
+
+    def new_graph() -> Callable[[], Graph] | None:
+        return CudaGraphs(device) if on_gpu and resolved.config.cuda_graphs else None
+
     try:
         runtime = Runtime(
             geometry,
@@ -69,7 +76,8 @@ def build_runtime(
             layer_share=resolved.config.layer_share,
             observation_window=resolved.observation_window,
             sizes=sizes if on_gpu else None,
-            new_graph=CudaGraphs(sizes.device) if on_gpu and resolved.config.cuda_graphs else None,
+            new_graph=new_graph(),
+            prefetch=Prefetch(device, len(names), new_graph()) if on_gpu else None,
         )
     except torch.OutOfMemoryError as error:
         raise ConfigError(

@@ -14,7 +14,7 @@ from ..types import Geometry, QueryKind
 from .device_tables import DeviceTables
 from .graphs import Graph, Graphs
 from .plan import StepPlan, table_width
-from .planner import STAGES, StepFacts, attended_blocks
+from .planner import STAGES, StepFacts, attended_blocks, ranks_ahead
 from .step_buffers import StepBuffers, StepSize
 from .tables import Tables
 from .transfer import Tallies
@@ -104,6 +104,7 @@ class DevicePlanner:
             running=inputs["running"] if columns["running"].any() else None,
             previous=inputs["previous"] if columns["previous"].any() else None,
             restarts=inputs["restarts"],
+            ahead=ranks_ahead(columns["previous"], rows, compacted),
             graphs=buffers.graphs,
         )
 

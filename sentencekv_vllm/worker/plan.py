@@ -40,12 +40,14 @@ class StepPlan:
     restarts: (
         Tensor  # [S] bool: the query of this step is the first of the mean, or has none before
     )
+    ahead: bool  # all rows rank by queries that are there before the step
     graphs: Graphs  # of work on these tensors
 
     @property
     def variant(self) -> tuple[bool, ...]:
         """What of a layer's work depends on the plan beyond its tensors: part of a graph's key."""
-        return bool(self.compacted.all()), self.running is None, self.previous is None
+        kinds = self.running is None, self.previous is None, self.ahead
+        return bool(self.compacted.all()), *kinds
 
 
 def table_width(rows: SparseRows, budget: Int32s, block_size: int) -> int:

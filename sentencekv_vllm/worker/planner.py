@@ -43,6 +43,11 @@ def attended_blocks(tables: Tables, rows: SparseRows) -> Int32s:
     return np.minimum(tables.options["budget_blocks"][rows.slots], history)
 
 
+def ranks_ahead(previous: Array, rows: SparseRows, compacted: Array) -> bool:
+    """All rows rank, if at all, by queries of the step before."""
+    return bool((previous & ~rows.restarts).all() and not compacted.all())
+
+
 class HostPlanner:
     """Makes new tensors for every step; on the CPU most of them share the tables' memory."""
 
@@ -58,6 +63,7 @@ class HostPlanner:
         query_kind = options["query_kind"][rows.slots]
         running = query_kind == QueryKind.RUNNING_MEAN
         previous = query_kind == QueryKind.PREVIOUS
+        compacted = options["compacts"][rows.slots].astype(bool)
         arrays = [facts.found, facts.tokens, rows.slots.astype(np.int64), rows.seq_lens]
         arrays += [running, previous, rows.restarts, rows.history_hi, attended]
         index, tokens, slots, seq_lens, is_running, is_previous, restarts, history_hi, columns = (
@@ -87,9 +93,10 @@ class HostPlanner:
             seq_lens=lengths,
             out=DecodeOutputs(tables, totals.hits, totals.misses, totals.coverage, totals.stage_ns),
             tallies=Tallies(totals, len(rows.slots)),
-            compacted=options["compacts"][rows.slots].astype(bool),
+            compacted=compacted,
             running=is_running if running.any() else None,
             previous=is_previous if previous.any() else None,
             restarts=restarts,
+            ahead=ranks_ahead(previous, rows, compacted),
             graphs=Graphs(None),
         )

@@ -30,6 +30,18 @@ class QueryPrevious:
         """
         if layer not in self._last:
             self._last[layer] = query.new_zeros(self._shape)
-        before = torch.where(restarts[:, None, None], query, self._last[layer][slots])
-        self._last[layer][slots] = query
+        before = torch.where(restarts[:, None, None], query, self.of(layer, slots))
+        self.keep(layer, slots, query)
         return before
+
+    def has(self, layer: int) -> bool:
+        """The layer has exchanged queries."""
+        return layer in self._last
+
+    def of(self, layer: int, slots: Tensor) -> Tensor:
+        """[S, Hq, D]: the last query kept of each slot, for layers that have exchanged some."""
+        return self._last[layer][slots]
+
+    def keep(self, layer: int, slots: Tensor, query: Tensor) -> None:
+        """Keep this step's queries; arguments as in `exchange`."""
+        self._last[layer][slots] = query

@@ -6,13 +6,14 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..messages import Int32s, ObservedRows, SparseRows, StepMessage, StepReport
-from ..ops.layer_ops import LayerOps
+from ..ops.layer_ops import DecodeOutputs, LayerOps
 from ..ops.load import Sizes
 from ..ops.rotation import rotation
 from ..ops.token_layout import TokenLayout
@@ -24,6 +25,7 @@ from .observations import Observations, Observed
 from .plan import StepPlan
 from .planner import STAGES, HostPlanner, Planner, StepFacts
 from .pools import Pools
+from .prefetch import Prefetch
 from .query_mean import QueryMean
 from .query_previous import QueryPrevious
 from .settling import Settling
@@ -51,6 +53,7 @@ class Runtime:
         observation_window: int = 0,
         sizes: Sizes | None = None,
         new_graph: Callable[[], Graph] | None = None,
+        prefetch: Prefetch | None = None,
     ) -> None:
         """Allocate everything.
 
@@ -69,6 +72,8 @@ class Runtime:
             sizes: the largest step, for tensors that are allocated once; None: every step makes
                 its own, which is as good where no device is told of them.
             new_graph: records what a step does on such tensors; None: nothing is recorded.
+            prefetch: ranks ahead of the layers where the queries allow it; None: each layer ranks
+                when its turn comes.
         """
         self.geometry = geometry
         self.max_pages = num_pages if sizes is None else sizes.max_pages  # of one request
@@ -94,6 +99,7 @@ class Runtime:
         self.counters: Counter[str] = Counter()
         self.rotation = rotation(geometry.head_dim, geometry.index_dim).to(self.device)
         self._layer_share = layer_share
+        self._prefetch = prefetch
         self._copies = copies or copy_stream(self.device)
         self._layout = layout
         self._key_offset = layout.keys.flatten().to(torch.int32)  # as `read_keys` takes it
@@ -197,7 +203,19 @@ class Runtime:
         self._plan = self._planner.plan(
             StepFacts(self._step, rows, found, last_tokens.numpy()[found], block_table)
         )
+        if self._prefetch is not None and self._plan.ahead:
+            # All layers, but for the made-up request, which runs the first one alone.
+            layers = filter(self._has_queries, range(self.geometry.num_layers))
+            self._prefetch.start(self._plan, layers, partial(self._rank_ahead, self._plan))
         return self._plan
+
+    def _has_queries(self, layer: int) -> bool:
+        return self.query_previous.has(layer - layer % self._layer_share)
+
+    def _rank_ahead(self, plan: StepPlan, layer: int, out: DecodeOutputs) -> None:
+        leads = not layer % self._layer_share
+        query = self.query_previous.of(layer, plan.slots) if leads else None
+        self._select(plan, layer, query, out)
 
     def _find(
         self, rows: SparseRows | ObservedRows, slot_mapping: Tensor, last_tokens: Tensor
@@ -231,6 +249,11 @@ class Runtime:
         starts = (np.repeat(start - before, rows.counts) for start in (first, place))
         return Observed(*upload([(s + index).astype(np.int64) for s in starts], self.device))
 
+    def await_layer(self, plan: StepPlan, layer: int) -> None:
+        """Before `rank`, and outside a graph's work: wait for what was ranked ahead."""
+        if self._prefetch is not None and plan.ahead:
+            self._prefetch.wait(layer)
+
     def rank(self, plan: StepPlan, layer: int, query: Tensor) -> Tensor:
         """Select, resolve and swap in; the layer's tables [S, H, W] are ready after it.
 
@@ -239,15 +262,22 @@ class Runtime:
         """
         if plan.compacted.all():
             return plan.out.head_tables
-        pools = self.pools.layers[layer]
-        if layer % self._layer_share:
-            self.ops.reuse_selection(pools, plan.batch, plan.out)
-        else:
-            ranking = self._ranking_query(plan, layer, query)
-            self.ops.decode_layer(
-                self.geometry, pools, plan.batch, ranking, self.rotation, plan.out
-            )
+        leads = not layer % self._layer_share
+        if self._prefetch is not None and plan.ahead:
+            if leads:
+                self.query_previous.keep(layer, plan.slots, query)
+            return self._prefetch.head_tables(plan, layer)
+        ranking = self._ranking_query(plan, layer, query) if leads else None
+        self._select(plan, layer, ranking, plan.out)
         return plan.out.head_tables
+
+    def _select(self, plan: StepPlan, layer: int, query: Tensor | None, out: DecodeOutputs) -> None:
+        """By the query that ranks; None: what the layer before selected."""
+        pools = self.pools.layers[layer]
+        if query is None:
+            self.ops.reuse_selection(pools, plan.batch, out)
+        else:
+            self.ops.decode_layer(self.geometry, pools, plan.batch, query, self.rotation, out)
 
     def _ranking_query(self, plan: StepPlan, layer: int, query: Tensor) -> Tensor:
         ranking = query

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -36,7 +37,11 @@ def warm_up(runtime: Runtime, attend: Callable[[StepPlan, Tensor], None]) -> Non
     if num_blocks <= working_set:
         return  # no request of this engine will be sparse
     cache[0].normal_()  # any numbers; the null block stands in for all of the history
-    kinds = (IndexKind.TOKEN_BITS, QueryKind.PREVIOUS), (IndexKind.CENTROID, QueryKind.RUNNING_MEAN)
+    kinds = (  # and whether the query restarts: if not, `previous` ranks ahead of the layer
+        (IndexKind.TOKEN_BITS, QueryKind.PREVIOUS, True),
+        (IndexKind.TOKEN_BITS, QueryKind.PREVIOUS, False),
+        (IndexKind.CENTROID, QueryKind.RUNNING_MEAN, True),
+    )
     pages, zero, step = [*range(history)], np.zeros(1, np.int32), 0
     rows = SparseRows(
         slots=zero,
@@ -47,7 +52,8 @@ def warm_up(runtime: Runtime, attend: Callable[[StepPlan, Tensor], None]) -> Non
         restarts=np.ones(1, np.bool_),
         request_ids=[NAME],
     )
-    for kind, query_kind in kinds:
+    for kind, query_kind, restarts in kinds:
+        decoded = replace(rows, restarts=np.full(1, restarts))
         options = DecodeOptions(
             index_kind=int(kind),
             reduce=int(Reduce.SOFTMAX_MEAN),
@@ -68,7 +74,7 @@ def warm_up(runtime: Runtime, attend: Callable[[StepPlan, Tensor], None]) -> Non
         )
         for updates in ([update], [], []):  # compiled, captured, replayed
             dropped = [0] if updates and step else []
-            runtime.apply(StepMessage(step, dropped, updates, rows, frees=True))
+            runtime.apply(StepMessage(step, dropped, updates, decoded, frees=True))
             step += 1
             runtime.set_batch_order([NAME])
             plan = runtime.plan(

@@ -38,13 +38,16 @@ from sentencekv_vllm.ops.layer_ops import ReferenceOps  # noqa: E402
 from sentencekv_vllm.ops.load import Sizes  # noqa: E402
 from sentencekv_vllm.triton_kernels.layer_ops import TritonOps  # noqa: E402
 from sentencekv_vllm.triton_kernels.workspace import Workspace  # noqa: E402
-from sentencekv_vllm.types import Geometry  # noqa: E402
+from sentencekv_vllm.types import Geometry, QueryKind  # noqa: E402
 from sentencekv_vllm.vllm_glue import cuda, full_graphs, metadata  # noqa: E402
 from sentencekv_vllm.vllm_glue.connector import (  # noqa: E402
     SentenceKVConnector,
     SentenceKVConnectorMetadata,
 )
+from sentencekv_vllm.worker.prefetch import Prefetch  # noqa: E402
 from sentencekv_vllm.worker.runtime import Runtime  # noqa: E402
+
+from ..worker.fake_streams import FakeStreams  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter")
 
@@ -107,7 +110,7 @@ class Graph:
 class Worker:
     """A V2 worker reduced to what concerns attention and the connector."""
 
-    def __init__(self, ops, budget, monkeypatch, new_graph=None):
+    def __init__(self, ops, budget, monkeypatch, new_graph=None, query_kind=0, prefetch=None):
         generator = torch.Generator().manual_seed(3)
         self.caches = [
             torch.randn(BLOCKS, HEADS, N, 2 * D, generator=generator).half() for _ in range(LAYERS)
@@ -116,6 +119,7 @@ class Worker:
             cache[0] = 0  # vLLM's null block
         self.exact = [cache.clone() for cache in self.caches]  # nothing is ever freed here
         self.budget, self.step, self.generator = budget, 0, generator
+        self.query_kind = query_kind
         config = SimpleNamespace(kv_transfer_config=object())
         connector = SentenceKVConnector(config, "worker", None)
         connector.runtime = Runtime(
@@ -129,6 +133,7 @@ class Worker:
             layer_names=NAMES,
             sizes=None if new_graph is None else SIZES,
             new_graph=new_graph,
+            prefetch=prefetch,
         )
         self.runtime = connector.runtime
         self.patch = monkeypatch
@@ -162,7 +167,7 @@ class Worker:
                 index_kind=0,
                 reduce=0,
                 retention=1.0,
-                query_kind=0,
+                query_kind=int(self.query_kind),
                 budget_blocks=self.budget,
                 seed=0,
                 byte_rows=D // 8,
@@ -178,7 +183,8 @@ class Worker:
             slot, tail, lo, hi, length = (
                 np.asarray([value], np.int32) for value in (1, tail, *HISTORY, length)
             )
-            rows = SparseRows(slot, tail, lo, hi, length, np.zeros(1, np.bool_), [LONG])
+            restarts = np.full(1, self.step == 1)
+            rows = SparseRows(slot, tail, lo, hi, length, restarts, [LONG])
         return StepMessage(self.step, [], updates, rows, frees=self.step == 1)
 
     def run(self, order, sparse=True, named=True):
@@ -300,6 +306,25 @@ def test_replayed_graphs_equal_the_eager_steps(monkeypatch):
     assert sum(graph is not None for graph in tensors.graphs._graphs.values()) == 1 + LAYERS
 
 
+@pytest.mark.slow
+def test_ranking_ahead_equals_ranking_in_the_layers(monkeypatch):
+    ahead = Prefetch(CPU, LAYERS, Graph, FakeStreams())
+    workers = [
+        Worker(triton_ops(), 3, monkeypatch, Graph, QueryKind.PREVIOUS, prefetch)
+        for prefetch in (None, ahead)
+    ]
+    for order in (*ORDERS, [SHORT, LONG]):
+        inline, prefetched = (worker.run(order) for worker in workers)
+        for (a, _), (b, _) in zip(inline, prefetched, strict=True):
+            assert all(torch.equal(a[r], b[r]) for r in order)
+    for name in ("page_slot", "slot_page", "slot_stamp", "kept"):
+        one, other = (getattr(worker.runtime.pools, name) for worker in workers)
+        assert torch.equal(one, other), name
+    (tensors,) = workers[1].runtime._planner._buffers.values()
+    graphs = tensors.graphs.once("layer tables", lambda: None).graphs._graphs
+    assert sum(graph is not None for graph in graphs.values()) == LAYERS
+
+
 class Launches(TorchDispatchMode):
     """Counts torch's ops that are no views, and Triton's launches."""
 
@@ -379,7 +404,7 @@ def test_warming_up_runs_every_stage_and_leaves_nothing_behind(monkeypatch):
 
     monkeypatch.setattr(cuda, "attend_sparse", attend)
     cuda.prepare(runtime)
-    assert len(calls) == 6 and not any(output.isnan().any() for output in calls)
+    assert len(calls) == 9 and not any(output.isnan().any() for output in calls)
     assert not runtime.has_sparse_rows and not runtime.take_counters()
     assert runtime.take_report() is None and not runtime.tables.pages.counts.any()
     pools = runtime.pools

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copy-out on a side stream never races with the forward, whatever is reused when.
 
-Streams are queues here: work runs in the order of its queue, and a wait orders what follows it
-after what the other queue held at that moment. Two accesses of the same block or page, one of
-them a write, must be ordered by these edges.
+Two accesses of the same block or page, one of them a write, must be ordered: see `fake_streams`.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from itertools import combinations
 
 import numpy as np
 import pytest
@@ -21,6 +18,8 @@ from sentencekv_vllm.types import Geometry
 from sentencekv_vllm.worker.copy_stream import SideStream
 from sentencekv_vllm.worker.runtime import Runtime
 
+from .fake_streams import FakeStreams
+
 N, BLOCKS, PAGES = 8, 40, 12
 GEOMETRY = Geometry(
     num_layers=1, num_kv_heads=1, group_size=1, head_dim=8, block_size=N, rows_per_page=1, scale=1.0
@@ -28,49 +27,6 @@ GEOMETRY = Geometry(
 OPTIONS = DecodeOptions(
     index_kind=0, reduce=0, retention=0.0, query_kind=0, budget_blocks=1, seed=0, byte_rows=1
 )
-
-
-class FakeStreams:
-    """In place of `torch.cuda`: every access is a node, with the nodes it comes after."""
-
-    def __init__(self) -> None:
-        self.after: list[set[int]] = []
-        self.accesses: list[tuple[str, int, bool]] = []  # kind, id, written
-        self.compute = self.current = FakeStream()
-
-    def Stream(self, device):  # noqa: N802  # named as in torch.cuda
-        return FakeStream()
-
-    def current_stream(self, device):
-        return self.current
-
-    @contextmanager
-    def stream(self, stream):
-        before, self.current = self.current, stream
-        yield
-        self.current = before
-
-    def touch(self, kind, ids, written):
-        for i in ids:
-            node = len(self.after)
-            self.after.append(set(self.current.seen))
-            self.accesses.append((kind, int(i), written))
-            self.current.seen.add(node)
-
-    def races(self):
-        for a, b in combinations(range(len(self.after)), 2):
-            (kind, i, writes), (other_kind, j, other_writes) = self.accesses[a], self.accesses[b]
-            conflict = (kind, i) == (other_kind, j) and (writes or other_writes)
-            if conflict and a not in self.after[b]:
-                yield self.accesses[a], self.accesses[b]
-
-
-class FakeStream:
-    def __init__(self) -> None:
-        self.seen: set[int] = set()
-
-    def wait_stream(self, other):
-        self.seen |= other.seen
 
 
 class RecordingOps:

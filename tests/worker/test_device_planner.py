@@ -43,7 +43,9 @@ class SteppedReference(ReferenceOps):
         super().reuse_selection(pools, replace(batch, step=self.step), out)
 
 
-def make_runtime(persistent, new_graph=None, layer_share=1, max_pages=CONTEXT):
+def make_runtime(
+    persistent, new_graph=None, layer_share=1, max_pages=CONTEXT, prefetch=None, ops=None
+):
     sizes = Sizes(GEOMETRY, CPU, SLOTS, max_pages, 80, WORKING_SET)
     generator = torch.Generator().manual_seed(0)
     caches = [torch.randn(BLOCKS, HEADS, N, 2 * D, generator=generator) for _ in range(LAYERS)]
@@ -55,18 +57,19 @@ def make_runtime(persistent, new_graph=None, layer_share=1, max_pages=CONTEXT):
         num_pages=PAGES,
         num_slots=SLOTS,
         working_set_blocks=WORKING_SET,
-        ops=SteppedReference(),
+        ops=ops or SteppedReference(),
         layer_names=[str(i) for i in range(LAYERS)],
         layer_share=layer_share,
         sizes=sizes if persistent else None,
         new_graph=new_graph,
+        prefetch=prefetch,
     )
 
 
 class Request:
     """A tracked request: `blocks` are its own, pages are named after its slot."""
 
-    def __init__(self, slot, blocks, generator):
+    def __init__(self, slot, blocks, generator, query_kind=None):
         self.slot, self.generator = slot, generator
         self.blocks = [1 + 20 * slot + i % 15 for i in range(CONTEXT)]  # any content will do
         self.private = [1 + 20 * slot + 15 + i for i in range(WORKING_SET)]
@@ -76,7 +79,7 @@ class Request:
             index_kind=[int(IndexKind.TOKEN_BITS), int(IndexKind.CENTROID)][kinds[0] % 2],
             reduce=[int(Reduce.MEAN), int(Reduce.SOFTMAX_MEAN)][kinds[1] % 2],
             retention=float(kinds[2] % 3),
-            query_kind=kinds[0] % 3,
+            query_kind=kinds[0] % 3 if query_kind is None else int(query_kind),
             budget_blocks=2 + kinds[1] % 3,
             seed=kinds[2],
             byte_rows=1 + kinds[2] % 2,
@@ -108,24 +111,29 @@ def buffers(rows):
     return torch.empty(rows, HEADS * GROUP, D), torch.empty(rows, HEADS * GROUP, D)
 
 
-def life(runtime, steps=14, seed=1):
-    """Requests come and go; outputs of every step and layer, and the state at the end."""
+def life(runtime, steps=14, seed=1, query_kind=None, attended=lambda *_: None):
+    """Requests come and go; outputs of every step and layer, and the state at the end.
+
+    Args:
+        query_kind: of all requests; None: any.
+        attended: told of plan, layer and tables whenever a layer attends.
+    """
     generator = torch.Generator().manual_seed(seed)
     running, outputs, addresses, dropped = {}, [], {}, []
     for step in range(1, steps + 1):
         slot = int(torch.randint(0, SLOTS, (1,), generator=generator))
         if slot not in running:
             blocks = int(torch.randint(6, 18, (1,), generator=generator))
-            running[slot] = Request(slot, blocks, generator)
+            running[slot] = Request(slot, blocks, generator, query_kind)
         elif step % 3 == 0 and len(running) > 1:
             del running[slot]
             dropped.append(slot)
         order = sorted(running, key=lambda s: (s * 7 + step) % 5)
         requests = [running[s] for s in order]
+        restarts = np.asarray([not r.copied or r.length % 23 == 8 for r in requests])
         for request in requests:
             request.length += 1
         updates = [u for r in requests if (u := r.update()) is not None]
-        restarts = np.asarray([bool(u) for u in [r.length % 9 == 0 for r in requests]])
 
         def column(values):
             return np.asarray([*values], np.int32)
@@ -166,10 +174,12 @@ def life(runtime, steps=14, seed=1):
 
             def work(plan=plan, layer=layer, query=query, output=output, cache=cache):
                 tables = runtime.rank(plan, layer, query)
+                attended(plan, layer, tables)
                 key, value = cache.chunk(2, dim=2)
                 result = sparse_decode(query, key, value, tables, plan.seq_lens, GEOMETRY.scale)
                 output.copy_(result[0])
 
+            runtime.await_layer(plan, layer)
             plan.graphs.run((layer, *plan.variant), work)
             outputs.append(output[: len(plan.rows)].clone())
         report = runtime.take_report()
@@ -244,5 +254,5 @@ def test_the_made_up_request_is_no_longer_than_a_request_can_be(max_pages):
         plan.graphs.run("layer", lambda: steps.append(runtime.rank(plan, 0, query)))
 
     warm_up(runtime, attend)
-    assert len(steps) == 6 and not runtime.has_sparse_rows
+    assert len(steps) == 9 and not runtime.has_sparse_rows
     assert runtime._planner._limits.pages == max_pages and len(FakeGraph.made) == 2
