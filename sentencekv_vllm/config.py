@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
 from .host_format import HOST_DTYPES
+from .layer_budgets import weights_error
 from .policies import POLICIES, Grouping, SelectionPolicy
 from .types import IndexKind, QueryKind, Reduce
 
@@ -58,7 +59,8 @@ class SentenceKVConfig:
     """Last tokens, always attended."""
     working_set_tokens: int | None = _option(None, low=0)
     """GPU room for swapped-in history, per sparse request; None: a quarter more than the
-    history part of the budget. It changes the speed, never the output."""
+    history part of the largest layer's budget. It changes the speed, never the output, unless
+    `layer_weights` ask a layer for more."""
     host_pool_gib: float = _option(4.0, above=0)
     """Swap pool of one worker in host memory; the index on the device grows with it."""
     host_kv_dtype: str = _option("auto", choices=tuple(HOST_DTYPES))
@@ -98,7 +100,12 @@ class SentenceKVConfig:
 
     observation_window: int | None = _option(None, low=0)
     """Last prompt tokens whose queries are kept until they have voted; 32 lets requests ask for
-    `snapkv`, `windowkv` and `sentencekv-pool`; None: what the server's own policy needs."""
+    `snapkv`, `pyramidkv`, `windowkv` and `sentencekv-pool`; None: what the server's own policy
+    needs."""
+
+    layer_weights: tuple[float, ...] | None = None
+    """Parts of the budget that equal shares of the model's depth have, from the first layers to
+    the last: up to 4 numbers of mean 1, in place of the policy's own; None keeps them."""
 
     index: str | None = _option(None, choices=tuple(INDEX_NAMES))
     """With `grouping`, `query`, `head_reduce`, `retention` and `score_channels`: in place of the
@@ -124,7 +131,11 @@ class SentenceKVConfig:
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
+        if self.layer_weights is not None:
+            object.__setattr__(self, "layer_weights", self._checked_weights())
         for f in fields(self):
+            if f.name == "layer_weights":
+                continue
             _check(f.name, getattr(self, f.name), hints[f.name], **f.metadata)
         # A sentence one token over the maximum is cut in two: both halves must be long enough.
         if 2 * self.min_sentence_tokens > self.max_sentence_tokens + 1:
@@ -148,6 +159,10 @@ class SentenceKVConfig:
                 f"remove {'it' if len(overrides) == 1 else 'them'}"
             )
         policy = self.selection_policy
+        if self.layer_weights is not None and not policy.selects:
+            raise ConfigError(
+                f"policy {self.policy!r} selects nothing, so layer_weights cannot apply: remove it"
+            )
         index = policy.index
         if policy.score_channels != 1 and index is not IndexKind.TOKEN_BITS:
             raise ConfigError(
@@ -169,6 +184,15 @@ class SentenceKVConfig:
                 f"observation_window is {window}: set it to {settlement.window}"
             )
 
+    def _checked_weights(self) -> tuple[float, ...]:
+        weights: Any = self.layer_weights  # a list, as JSON and YAML have it
+        if not isinstance(weights, list | tuple):
+            raise ConfigError(f"layer_weights must be a list of numbers, got {weights!r}")
+        error = weights_error(weights)
+        if error is not None:
+            raise ConfigError(error)
+        return tuple(weights)
+
     @property
     def selection_policy(self) -> SelectionPolicy:
         """The named policy with the overrides applied."""
@@ -179,6 +203,7 @@ class SentenceKVConfig:
             "reduce": None if self.head_reduce is None else REDUCE_NAMES[self.head_reduce],
             "retention": self.retention,
             "score_channels": self.score_channels,
+            "layer_weights": self.layer_weights,
         }
         return replace(POLICIES[self.policy], **{k: v for k, v in changes.items() if v is not None})
 

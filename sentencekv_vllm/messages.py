@@ -31,6 +31,17 @@ class DecodeOptions:
     byte_rows: int  # rows of the token index that a step reads, each of 8 channels
     block_groups: bool = False  # a group is a KV block, not a sentence
     settlement: Settlement | None = None  # at the end of the prefill
+    layer_blocks: tuple[int, ...] = ()  # `budget_blocks` by layer; (): the same in all
+
+    @property
+    def smallest_budget(self) -> int:
+        """Blocks of the layer that selects the fewest."""
+        return min(self.layer_blocks, default=self.budget_blocks)
+
+    @property
+    def largest_budget(self) -> int:
+        """Blocks of the layer that selects the most."""
+        return max(self.layer_blocks, default=self.budget_blocks)
 
     @property
     def compacts(self) -> bool:
@@ -48,6 +59,11 @@ class SettledPrompt:
     history_lo: int  # blocks
     history_hi: int
     budget_blocks: int
+    layer_blocks: tuple[int, ...] = ()  # as in `DecodeOptions`
+
+    def budget(self, layer: int) -> int:
+        """Blocks of a layer."""
+        return self.layer_blocks[layer] if self.layer_blocks else self.budget_blocks
 
 
 @dataclass(frozen=True)

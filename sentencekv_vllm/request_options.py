@@ -38,6 +38,7 @@ class RequestOptions:
     policy: SelectionPolicy
     budget_blocks: int  # history blocks per KV head and step
     byte_rows: int  # of the 1-bit index, read per step
+    layer_blocks: tuple[int, ...] = ()  # `budget_blocks` by layer; (): the same in all
 
     @classmethod
     def parse(
@@ -62,7 +63,9 @@ class RequestOptions:
         if policy.selects:
             _check_fit(budget, resolved)
         byte_rows = resolved.byte_rows(policy)
-        return cls(enabled, policy, resolved.history_blocks(policy, budget), byte_rows)
+        history = resolved.history_blocks(policy, budget)
+        by_layer = resolved.layer_blocks(policy, history)
+        return cls(enabled, policy, history, byte_rows, by_layer)
 
 
 def _switch(value: Any) -> bool:

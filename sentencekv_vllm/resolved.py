@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .config import ConfigError, SentenceKVConfig
 from .host_format import HostFormat, host_format
+from .layer_budgets import layer_blocks
 from .policies import SelectionPolicy
 
 GIB = 2**30
@@ -24,6 +25,7 @@ class ResolvedConfig:
 
     config: SentenceKVConfig
     policy: SelectionPolicy  # the default of a request, overrides applied
+    num_layers: int
     block_size: int  # tokens
     rows_per_page: int  # sentence rows that come with a page
     index_vectors: int  # that a row has room for
@@ -70,6 +72,13 @@ class ResolvedConfig:
         """Rows of the 1-bit index, of 8 channels each, that a step of a policy reads."""
         return math.ceil(policy.score_channels * self.index_dim / 8)
 
+    def layer_blocks(self, policy: SelectionPolicy, budget_blocks: int) -> tuple[int, ...]:
+        """A budget by layer, each within the working set; () where all layers have the same."""
+        if not policy.layer_weights or not budget_blocks:
+            return ()
+        limit, share = self.working_set_blocks, self.config.layer_share
+        return layer_blocks(policy.layer_weights, budget_blocks, limit, self.num_layers, share)
+
     def history_blocks(self, policy: SelectionPolicy, token_budget: int) -> int:
         """History part of a budget under a policy, in blocks, rounded up."""
         if policy.keeps_all:
@@ -114,9 +123,17 @@ def resolve(
     vectors_and_flags = rows_per_page * (2 * head_dim * vectors + 1)
     history = _history_blocks(config, config.token_budget, block_size)
     wanted = config.working_set_tokens
+    largest = history
+    if policy.layer_weights and history:
+        unlimited = num_layers * history
+        largest = max(
+            layer_blocks(policy.layer_weights, history, unlimited, num_layers, config.layer_share),
+            default=history,
+        )
     resolved = ResolvedConfig(
         config=config,
         policy=policy,
+        num_layers=num_layers,
         block_size=block_size,
         rows_per_page=rows_per_page,
         index_vectors=vectors,
@@ -124,7 +141,7 @@ def resolve(
         observation_window=_observation_window(config, policy),
         sink_blocks=blocks(config.num_sink_tokens, block_size),
         recent_blocks=blocks(config.recent_window, block_size),
-        working_set_blocks=-(-5 * history // 4) if wanted is None else blocks(wanted, block_size),
+        working_set_blocks=-(-5 * largest // 4) if wanted is None else blocks(wanted, block_size),
         num_pages=int(config.host_pool_gib * GIB) // page_bytes,
         host_format=form,
         page_bytes=page_bytes,

@@ -113,6 +113,7 @@ def test_the_default_preset_spells_out_the_defaults():
     assert load_preset("default") == SentenceKVConfig()
     written = yaml.safe_load(preset_path("default").read_text())["additional-config"]["sentencekv"]
     policys_own = {"index", "grouping", "query", "head_reduce", "retention", "score_channels"}
+    policys_own |= {"layer_weights"}
     assert set(written) == {f.name for f in fields(SentenceKVConfig)} - policys_own
 
 

@@ -5,6 +5,7 @@ from .base import Grouping, SelectionPolicy
 from .cluster_kv import CLUSTER_KV
 from .full import FULL
 from .mean_std import MEAN_STD
+from .pyramid_kv import PYRAMID_KV
 from .quest import QUEST
 from .random import RANDOM
 from .sentence_kv import SENTENCE_KV
@@ -20,6 +21,7 @@ POLICIES: dict[str, SelectionPolicy] = {
     "sentencekv-paper": SENTENCE_KV_PAPER,
     "sentencekv-pool": SENTENCE_KV_POOL,
     "snapkv": SNAP_KV,
+    "pyramidkv": PYRAMID_KV,
     "windowkv": WINDOW_KV,
     "clusterkv": CLUSTER_KV,
     "quest": QUEST,

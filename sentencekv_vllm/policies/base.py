@@ -30,6 +30,8 @@ class SelectionPolicy:
             the query is strongest.
         selects: history blocks are ranked, and attended to within the token budget.
         keeps_all: the whole history is attended to, whatever the budget.
+        layer_weights: parts of the budget that tiers of consecutive layers have, of mean 1; ():
+            all have the same. See `layer_budgets`.
     """
 
     name: str
@@ -42,3 +44,4 @@ class SelectionPolicy:
     keeps_all: bool = False
     grouping: Grouping = "sentences"
     settlement: Settlement | None = None
+    layer_weights: tuple[float, ...] = ()

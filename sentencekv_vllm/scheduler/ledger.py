@@ -134,7 +134,7 @@ class Ledger:
         state = self.states.get(request_id)
         if state is None or not state.memory.sparse or state.memory.private:
             return 0
-        return self._working_set(state)
+        return self._working_set(state, state.memory.history_hi - state.memory.history_lo)
 
     def set_private_blocks(self, request_id: str, block_ids: list[int]) -> None:
         state = self.states[request_id]
@@ -325,10 +325,10 @@ class Ledger:
             end = min(end, self.limits.sink_blocks + self.limits.working_set_blocks)
         return max(end, self.limits.sink_blocks)
 
-    def _working_set(self, state: RequestState) -> int:
+    def _working_set(self, state: RequestState, history: int) -> int:
         assert state.options is not None
-        if state.compacts:
-            return state.options.budget_blocks
+        if state.compacts:  # a block is one of every layer: the largest budget is held
+            return min(state.options.largest_budget, history)
         return self.limits.working_set_blocks if state.options.budget_blocks else 0
 
     def _turn_sparse(
@@ -341,7 +341,7 @@ class Ledger:
         if processed < max(request.num_prompt_tokens, request.num_tokens - 1):
             return None
         lo, hi = self.limits.sink_blocks, self._history_end(state, processed)
-        working_set = self._working_set(state)
+        working_set = self._working_set(state, hi - lo)
         if self.limits.stay_dense_when_covered and hi - lo <= options.budget_blocks:
             if state.reason is not Reason.HOST_POOL_FULL:
                 copied = len(memory.pages) == processed // self.limits.block_size
@@ -358,7 +358,13 @@ class Ledger:
             prompt = request.num_prompt_tokens
             prompt_blocks = [b.block_id for b in blocks[: -(-prompt // self.limits.block_size)]]
             state.unsent.settled = SettledPrompt(
-                state.settlement, prompt_blocks, prompt, lo, hi, options.budget_blocks
+                state.settlement,
+                prompt_blocks,
+                prompt,
+                lo,
+                hi,
+                options.budget_blocks,
+                options.layer_blocks,
             )
         self._note_released(state, exclusive)
         self._note_exactness(state, processed)
@@ -387,7 +393,7 @@ class Ledger:
     def _note_exactness(self, state: RequestState, processed: int) -> None:
         memory, options = state.memory, state.options
         assert options is not None
-        covered = memory.history_hi - memory.history_lo <= options.budget_blocks
+        covered = memory.history_hi - memory.history_lo <= options.smallest_budget
         exact = covered and self.limits.exact_pages
         if memory.exact_tokens is None and not exact:
             memory.exact_tokens = processed

@@ -76,10 +76,11 @@ class SplitImpl:
             super().forward(layer, *tensors, split.dense, output)  # type: ignore[misc]
         if split.observed is not None:
             self._observe(layer.layer_name, query, split.observed)
-        if split.sparse is not None:
-            call, geometry = split.sparse, split.sparse.runtime.geometry
+        if split.sparse:
+            runtime = split.sparse[0].runtime
+            index, geometry = runtime.layer_index[layer.layer_name], runtime.geometry
+            call = next(call for call in split.sparse if index in call.plan.layers)
             rows = (-1, geometry.num_query_heads, geometry.head_dim)
-            index = call.runtime.layer_index[layer.layer_name]
             self.sparse_rows(index, query.view(rows), kv_cache, call, output.view(rows))
         return output
 

@@ -20,7 +20,7 @@ from ..worker.runtime import Runtime
 
 @dataclass(frozen=True)
 class SparseCall:
-    """What the sparse rows of a step need in every layer; platforms add their own."""
+    """What the sparse rows of a step need in a plan's layers; platforms add their own."""
 
     runtime: Runtime
     plan: StepPlan
@@ -32,7 +32,7 @@ class Split:
     """The two parts of a step."""
 
     dense: Any | None  # the platform's own metadata; None: every row is sparse
-    sparse: SparseCall | None
+    sparse: tuple[SparseCall, ...]  # each for its plan's layers, which cover the model's
     observed: Observed | None = None
 
 
@@ -97,20 +97,20 @@ class SplitBuilder:
         n = common.num_reqs
         last_tokens = common.query_start_loc_cpu[1 : n + 1].long() - 1
         observed = runtime.observed(common.slot_mapping, last_tokens)
-        plan = runtime.plan(common.block_table_tensor, common.slot_mapping, last_tokens)
-        if plan is None:
-            return Split(self._dense(common_prefix_len, common), None, observed)
-        dense = None
-        if len(plan.rows) < common.num_reqs:
-            dense = self._dense(common_prefix_len, _without(common, plan.rows))
-        return Split(dense, self.sparse_call(runtime, plan), observed)
+        plans = runtime.plan(common.block_table_tensor, common.slot_mapping, last_tokens)
+        if not plans:
+            return Split(self._dense(common_prefix_len, common), (), observed)
+        dense, rows = None, plans[0].rows  # the same in all
+        if len(rows) < common.num_reqs:
+            dense = self._dense(common_prefix_len, _without(common, rows))
+        return Split(dense, tuple(self.sparse_call(runtime, plan) for plan in plans), observed)
 
     def _dense(self, common_prefix_len: int, common: CommonAttentionMetadata) -> Any:
         return super().build(common_prefix_len, common)  # type: ignore[misc]  # the stock builder
 
     @abstractmethod
     def sparse_call(self, runtime: Runtime, plan: StepPlan) -> SparseCall:
-        """Prepare the attention op of the sparse rows, once a step."""
+        """Prepare the attention op of the sparse rows, once a plan."""
 
 
 def _without(common: CommonAttentionMetadata, rows: Tensor) -> CommonAttentionMetadata:

@@ -137,6 +137,7 @@ class SchedulerSide:
             byte_rows=wanted.byte_rows,
             block_groups=policy.grouping == "blocks",
             settlement=policy.settlement,
+            layer_blocks=wanted.layer_blocks,
         )
         return Reason.SHORT_CONTEXT, options, policy.keeps_all
 

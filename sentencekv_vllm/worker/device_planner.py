@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 
 import numpy as np
@@ -14,7 +14,7 @@ from ..types import Geometry, QueryKind
 from .device_tables import DeviceTables
 from .graphs import Graph, Graphs
 from .plan import StepPlan, table_width
-from .planner import STAGES, StepFacts, attended_blocks, ranks_ahead
+from .planner import STAGES, StepFacts, ranks_ahead
 from .step_buffers import StepBuffers, StepSize
 from .tables import Tables
 from .transfer import Tallies
@@ -43,11 +43,13 @@ class DevicePlanner:
         self._new_graph, self._device = new_graph, sizes.device
         self._on_device = DeviceTables(tables, sizes.max_pages, sizes.max_sentences, sizes.device)
         self._limits = StepSize(sizes.max_requests, sizes.max_pages, sizes.max_sentences, 0, 0)
-        self._buffers: OrderedDict[StepSize, StepBuffers] = OrderedDict()
+        # By the first layer that they are for: plans of one step share nothing.
+        self._buffers: defaultdict[int, OrderedDict[StepSize, StepBuffers]]
+        self._buffers = defaultdict(OrderedDict)
 
     def plan(self, facts: StepFacts) -> StepPlan:
         rows, slots, tables = facts.rows, facts.rows.slots, self._tables
-        attended = attended_blocks(tables, rows)
+        attended = facts.attended
         options = {name: column[slots] for name, column in tables.options.items()}
         compacted = options["compacts"].astype(bool)
         query_kind = options["query_kind"]
@@ -74,6 +76,7 @@ class DevicePlanner:
             "restarts": rows.restarts,
         }
         buffers = self._buffers_of(
+            facts.layers.start,
             StepSize.of(
                 len(slots),
                 int(columns["num_pages"].max()),
@@ -81,7 +84,7 @@ class DevicePlanner:
                 table_width(rows, attended, self._geometry.block_size),
                 facts.block_table.shape[1],
                 self._limits,
-            )
+            ),
         )
         self._on_device.update(slots)
         buffers.fill(columns, facts.block_table, self._on_device.null_slot)
@@ -90,6 +93,7 @@ class DevicePlanner:
         inputs, totals, count = buffers.inputs, buffers.totals, len(slots)
         return StepPlan(
             step=facts.step,
+            layers=facts.layers,
             batch=buffers.batch,
             rows=inputs["rows"][:count],
             tokens=inputs["tokens"],
@@ -121,13 +125,14 @@ class DevicePlanner:
         buffers.totals.zero()
         self._ops.begin_step(batch)
 
-    def _buffers_of(self, size: StepSize) -> StepBuffers:
-        buffers = self._buffers.get(size)
+    def _buffers_of(self, first_layer: int, size: StepSize) -> StepBuffers:
+        known = self._buffers[first_layer]
+        buffers = known.get(size)
         if buffers is None:
-            if len(self._buffers) == MAX_SIZES:
-                self._buffers.popitem(last=False)
+            if len(known) == MAX_SIZES:
+                known.popitem(last=False)
             working_set = self._tables.private.shape[1]
-            buffers = self._buffers[size] = StepBuffers(
+            buffers = known[size] = StepBuffers(
                 size,
                 self._geometry,
                 working_set,
@@ -135,5 +140,5 @@ class DevicePlanner:
                 self._device,
                 Graphs(self._new_graph),
             )
-        self._buffers.move_to_end(size)
+        known.move_to_end(size)
         return buffers

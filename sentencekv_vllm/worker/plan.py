@@ -21,11 +21,14 @@ from .transfer import Tallies
 class StepPlan:
     """Rows, tables and buffers of the step's sparse requests, on the device.
 
+    One for each run of layers in which no request's budget changes: one in all for most steps.
+
     Tensors that are no request's rows but the device's have S rows or more: those behind the
     requests' are no-ops.
     """
 
     step: int
+    layers: range  # that have these budgets
     batch: SparseBatch
     rows: Tensor  # [S] int64: the requests' rows in the batch, none else
     tokens: Tensor  # [>= S] int64: positions of their query tokens in the batch

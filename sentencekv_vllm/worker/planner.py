@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -30,17 +31,30 @@ class StepFacts:
     found: Array  # [S] rows of the requests in the batch
     tokens: Array  # [S] positions of their query tokens in the batch
     block_table: Tensor  # [>= num_reqs, max_blocks] int32, vLLM's
+    layers: range
+    attended: Int32s  # [S] blocks per KV head, in place of the history, in these layers
 
 
 class Planner(Protocol):
     def plan(self, facts: StepFacts) -> StepPlan:
-        """Everything that the layers of the step share; the ops are told of the step."""
+        """Everything that `facts.layers` share; the ops are told of the step.
+
+        Plans of one step that are for other layers have tensors of their own.
+        """
 
 
-def attended_blocks(tables: Tables, rows: SparseRows) -> Int32s:
-    """[S] blocks that each row attends to, per KV head, in place of its history."""
+def attended_blocks(tables: Tables, rows: SparseRows) -> list[tuple[range, Int32s]]:
+    """Blocks that each row attends to, per KV head, in place of its history: [S] for each run of
+    layers in which they are the same."""
     history = rows.history_hi - rows.history_lo
-    return np.minimum(tables.options["budget_blocks"][rows.slots], history)
+    num_layers = tables.layer_blocks.shape[1]
+    if not tables.differs_by_layer[rows.slots].any():
+        attended = np.minimum(tables.options["budget_blocks"][rows.slots], history)
+        return [(range(num_layers), attended)]
+    by_layer = np.minimum(tables.layer_blocks[rows.slots], history[:, None])
+    changes = np.flatnonzero((by_layer[:, 1:] != by_layer[:, :-1]).any(0)) + 1
+    bounds = [0, *changes.tolist(), num_layers]
+    return [(range(a, b), by_layer[:, a].copy()) for a, b in pairwise(bounds)]
 
 
 def ranks_ahead(previous: Array, rows: SparseRows, compacted: Array) -> bool:
@@ -58,14 +72,13 @@ class HostPlanner:
 
     def plan(self, facts: StepFacts) -> StepPlan:
         rows, geometry, options = facts.rows, self._geometry, self._tables.options
-        batch = self._tables.batch(rows, facts.step)
-        attended = attended_blocks(self._tables, rows)
+        batch = self._tables.batch(rows, facts.step, facts.attended)
         query_kind = options["query_kind"][rows.slots]
         running = query_kind == QueryKind.RUNNING_MEAN
         previous = query_kind == QueryKind.PREVIOUS
         compacted = options["compacts"][rows.slots].astype(bool)
         arrays = [facts.found, facts.tokens, rows.slots.astype(np.int64), rows.seq_lens]
-        arrays += [running, previous, rows.restarts, rows.history_hi, attended]
+        arrays += [running, previous, rows.restarts, rows.history_hi, facts.attended]
         index, tokens, slots, seq_lens, is_running, is_previous, restarts, history_hi, columns = (
             upload(arrays, self._device)
         )
@@ -76,7 +89,7 @@ class HostPlanner:
             history_hi,
             columns,
             seq_lens,
-            table_width(rows, attended, geometry.block_size),
+            table_width(rows, facts.attended, geometry.block_size),
             geometry.block_size,
             geometry.num_kv_heads,
         )
@@ -85,6 +98,7 @@ class HostPlanner:
         self._ops.begin_step(batch)
         return StepPlan(
             step=facts.step,
+            layers=facts.layers,
             batch=batch,
             rows=index,
             tokens=tokens,

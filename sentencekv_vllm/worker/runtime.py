@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from .device_planner import DevicePlanner
 from .graphs import Graph
 from .observations import Observations, Observed
 from .plan import StepPlan
-from .planner import STAGES, HostPlanner, Planner, StepFacts
+from .planner import STAGES, HostPlanner, Planner, StepFacts, attended_blocks
 from .pools import Pools
 from .prefetch import Prefetch
 from .query_mean import QueryMean
@@ -87,6 +87,7 @@ class Runtime:
             geometry.block_size,
             geometry.rows_per_page,
             self.device,
+            geometry.num_layers,
         )
         self._planner: Planner = (
             HostPlanner(geometry, self.tables, ops, self.device)
@@ -110,9 +111,9 @@ class Runtime:
         self._watched: ObservedRows | None = None
         self._order: dict[str, int] = {}
         self._step = -1
-        self._plan: StepPlan | None = None
+        self._plans: tuple[StepPlan, ...] = ()
         self._planned = -1  # the last step that was planned
-        self._unsettled: deque[StepPlan] = deque()
+        self._unsettled: deque[tuple[StepPlan, ...]] = deque()
         # All ranks must report the same steps, so a step is booked after a fixed number of
         # steps, by which it is done, and not as soon as its counts happen to be there.
         self._lag = STEPS_IN_FLIGHT if self.device.type == "cuda" else 0
@@ -133,12 +134,12 @@ class Runtime:
         """Perform a step's message; a second call with the same message does nothing."""
         if message.step == self._step:
             return
-        self._step, self._rows, self._plan = message.step, message.sparse, None
+        self._step, self._rows, self._plans = message.step, message.sparse, ()
         self._watched = message.observed
         self._order = {}
         for slot in message.dropped:
             self.tables.drop(slot)
-            for plan in self._unsettled:  # the slot's next owner gets no counts of this one
+            for plan, *_ in self._unsettled:  # the slot's next owner gets no counts of this one
                 plan.host_slots[plan.host_slots == slot] = -1
         if message.updates:
             self._update(message)
@@ -187,27 +188,35 @@ class Runtime:
 
     def plan(
         self, block_table: Tensor, slot_mapping: Tensor, last_tokens: Tensor
-    ) -> StepPlan | None:
-        """Find the step's sparse rows in the batch; None where there are none.
+    ) -> tuple[StepPlan, ...]:
+        """Find the step's sparse rows in the batch.
 
         Args:
             block_table: [>= num_reqs, max_blocks] int32.
             slot_mapping: [>= num_tokens] int64: where each token's K and V are written.
             last_tokens: [num_reqs] int64 on the CPU: position of each row's last token.
+
+        Returns:
+            Plans for consecutive runs of layers, which they cover; none where no row is sparse.
         """
         rows = self._rows
         if rows is None:
-            return None
+            return ()
         found = self._find(rows, slot_mapping, last_tokens)
         self._planned = self._step
-        self._plan = self._planner.plan(
-            StepFacts(self._step, rows, found, last_tokens.numpy()[found], block_table)
+        tokens = last_tokens.numpy()[found]
+        self._plans = tuple(
+            self._planner.plan(
+                StepFacts(self._step, rows, found, tokens, block_table, layers, attended)
+            )
+            for layers, attended in attended_blocks(self.tables, rows)
         )
-        if self._prefetch is not None and self._plan.ahead:
-            # All layers, but for the made-up request, which runs the first one alone.
-            layers = filter(self._has_queries, range(self.geometry.num_layers))
-            self._prefetch.start(self._plan, layers, partial(self._rank_ahead, self._plan))
-        return self._plan
+        for plan in self._plans:  # the ops have begun the step for all of them
+            if self._prefetch is not None and plan.ahead:
+                # All layers, but for the made-up request, which runs the first one alone.
+                layers = filter(self._has_queries, plan.layers)
+                self._prefetch.start(plan, layers, partial(self._rank_ahead, plan))
+        return self._plans
 
     def _has_queries(self, layer: int) -> bool:
         return self.query_previous.has(layer - layer % self._layer_share)
@@ -258,6 +267,7 @@ class Runtime:
         """Select, resolve and swap in; the layer's tables [S, H, W] are ready after it.
 
         Args:
+            plan: the step's for this layer.
             query: [S, Hq, D] contiguous, the current queries.
         """
         if plan.compacted.all():
@@ -324,7 +334,7 @@ class Runtime:
         for slot in range(len(self.tables.num_indexed)):
             self.tables.drop(slot)
         self.pools.reset()
-        self._step, self._rows, self._plan, self._report = -1, None, None, None
+        self._step, self._rows, self._plans, self._report = -1, None, (), None
         self._watched = None
         self._unsettled.clear()
         self.counters.clear()
@@ -335,15 +345,18 @@ class Runtime:
 
     def _settle(self) -> None:
         """Book the steps that are done: their plans become counts, the last one a report."""
-        if self._plan is not None:
-            self._plan.tallies.start_fetch()
-            self._unsettled.append(self._plan)
-            self._plan = None
-        while self._unsettled and self._unsettled[0].step <= self._step - self._lag:
+        if self._plans:
+            for plan in self._plans:
+                plan.tallies.start_fetch()
+            self._unsettled.append(self._plans)
+            self._plans = ()
+        while self._unsettled and self._unsettled[0][0].step <= self._step - self._lag:
             self._book(self._unsettled.popleft())
 
-    def _book(self, plan: StepPlan) -> None:
-        hits, misses, stage_ns, coverage = plan.tallies.fetched()
+    def _book(self, plans: tuple[StepPlan, ...]) -> None:
+        plan = plans[0]  # the rows are the same in all
+        by_plan = zip(*(p.tallies.fetched() for p in plans), strict=True)
+        hits, misses, stage_ns, coverage = (reduce(np.add, column) for column in by_plan)
         for name, elapsed in zip(STAGES, stage_ns.tolist(), strict=True):
             self.counters[f"{name}_ns"] += elapsed
         num_misses = int(misses.sum())

@@ -32,6 +32,11 @@ class Case:
     ends: Tensor  # [s] int64, of these sentences
     elected: Tensor | None = None  # [H, K] int64 tokens, by the layer group's first layer
 
+    def leads(self, layer: int) -> bool:
+        """A layer elects for its group; one with another budget than the layer before does, too."""
+        first = layer % self.prompt.settlement.layer_group == 0
+        return first or self.prompt.budget(layer) != self.prompt.budget(layer - 1)
+
 
 class Settling:
     """All requests that are settled in one step."""
@@ -84,7 +89,7 @@ class Settling:
             if settlement.fate is Fate.CLUSTER:
                 self._cluster(case, pools)
                 continue
-            if case.elected is None or layer % settlement.layer_group == 0:
+            if case.elected is None or case.leads(layer):
                 case.elected = self._elect(case, layer, pools)
             if settlement.fate is Fate.COMPACT:
                 content = read_tokens(pools.cache, case.blocks, case.elected, self._layout)
@@ -103,7 +108,7 @@ class Settling:
         lo, hi = prompt.history_lo * n, prompt.num_tokens - window
         if settlement.fate is Fate.COMPACT:  # the blocks behind the history stay as they are
             hi = prompt.history_hi * n
-        count = min(int(settlement.factor * prompt.budget_blocks * n), hi - lo)
+        count = min(int(settlement.factor * prompt.budget(layer) * n), hi - lo)
         elected = []
         for h in range(g.num_kv_heads):  # one at a time: the logits are window * group * tokens
             group = query[:, h * g.group_size : (h + 1) * g.group_size]

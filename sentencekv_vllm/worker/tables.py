@@ -76,6 +76,7 @@ class Tables:
         block_size: int,
         rows_per_page: int,
         device: torch.device = CPU,
+        num_layers: int = 1,
     ) -> None:
         self.device = device  # of the batches; the tables themselves stay on the host
         self.block_size = block_size
@@ -88,6 +89,8 @@ class Tables:
         self.num_indexed = np.zeros(num_slots, np.int32)  # sentences with an index entry
         self.private = np.zeros((num_slots, max(1, working_set_blocks)), np.int32)
         self.retention = np.zeros(num_slots, np.float32)
+        self.layer_blocks = np.zeros((num_slots, num_layers), np.int32)  # `budget_blocks` of each
+        self.differs_by_layer = np.zeros(num_slots, np.bool_)
         self.options = {name: np.zeros(num_slots, np.int32) for name in OPTION_COLUMNS}
         self._batch: tuple[tuple[bytes, ...], SparseBatch] | None = None
 
@@ -104,6 +107,9 @@ class Tables:
         self._batch = None
         if update.options is not None:
             self.retention[slot] = update.options.retention
+            by_layer = update.options.layer_blocks
+            self.layer_blocks[slot] = by_layer or update.options.budget_blocks
+            self.differs_by_layer[slot] = bool(by_layer)
             for name, column in self.options.items():
                 column[slot] = getattr(update.options, name)
         self.blocks.append(slot, update.block_ids)
@@ -149,16 +155,20 @@ class Tables:
             IndexKind(self.options["index_kind"][slot]),
         )
 
-    def batch(self, rows: SparseRows, step: int) -> SparseBatch:
-        """The step's rows as tensors; rebuilt only when something but the step has changed."""
+    def batch(self, rows: SparseRows, step: int, attended: Int32s) -> SparseBatch:
+        """The step's rows as tensors; rebuilt only when something but the step has changed.
+
+        Args:
+            attended: [S] blocks per KV head, in place of the history.
+        """
+        # A compacted history is attended to as it is: to the ops the row has none.
+        compacts = self.options["compacts"][rows.slots].astype(bool)
+        (budget,) = upload([np.where(compacts, 0, attended).astype(np.int32)], self.device)
         key = (rows.slots.tobytes(), rows.history_lo.tobytes(), rows.history_hi.tobytes())
         if self._batch is not None and self._batch[0] == key:
-            return replace(self._batch[1], step=step)
+            return replace(self._batch[1], step=step, budget_blocks=budget)
         slots = rows.slots
-        # A compacted history is attended to as it is: to the ops the row has none.
-        compacts = self.options["compacts"][slots].astype(bool)
         history_hi = np.where(compacts, rows.history_lo, rows.history_hi)
-        history = history_hi - rows.history_lo
         columns = {
             "pages": self.pages.gather(slots),
             "num_pages": self.pages.counts[slots],
@@ -167,7 +177,6 @@ class Tables:
             "num_sentences": self.num_indexed[slots],
             "history_lo": rows.history_lo,
             "history_hi": history_hi,
-            "budget_blocks": np.minimum(self.options["budget_blocks"][slots], history),
             "private_blocks": self.private[slots],
             "index_kind": self.options["index_kind"][slots],
             "reduce": self.options["reduce"][slots],
@@ -176,6 +185,7 @@ class Tables:
             "byte_rows": self.options["byte_rows"][slots],
         }
         tensors = upload(list(columns.values()), self.device)
-        batch = SparseBatch(**dict(zip(columns, tensors, strict=True)), step=step)
+        named = dict(zip(columns, tensors, strict=True))
+        batch = SparseBatch(**named, step=step, budget_blocks=budget)
         self._batch = (key, batch)
         return batch

@@ -77,12 +77,11 @@ def warm_up(runtime: Runtime, attend: Callable[[StepPlan, Tensor], None]) -> Non
             runtime.apply(StepMessage(step, dropped, updates, decoded, frees=True))
             step += 1
             runtime.set_batch_order([NAME])
-            plan = runtime.plan(
+            (plan,) = runtime.plan(
                 block_table=torch.zeros(1, history + 1, dtype=torch.int32, device=runtime.device),
                 slot_mapping=torch.zeros(1, dtype=torch.int64, device=runtime.device),
                 last_tokens=torch.zeros(1, dtype=torch.int64),
             )
-            assert plan is not None
             shape = (1, geometry.num_query_heads, geometry.head_dim)
             attend(plan, torch.randn(shape, dtype=cache.dtype, device=runtime.device))
     cache[0].zero_()

@@ -302,7 +302,7 @@ def test_replayed_graphs_equal_the_eager_steps(monkeypatch):
     for name in ("page_slot", "slot_page", "slot_stamp", "kept"):
         one, other = (getattr(worker.runtime.pools, name) for worker in (eager, replayed))
         assert torch.equal(one, other), name
-    (tensors,) = replayed.runtime._planner._buffers.values()
+    (tensors,) = replayed.runtime._planner._buffers[0].values()
     assert sum(graph is not None for graph in tensors.graphs._graphs.values()) == 1 + LAYERS
 
 
@@ -360,7 +360,7 @@ def test_launches_of_a_layer(monkeypatch, replayed):
     worker.layer = lambda i, built, *rest: built[NAMES[i]].split
     for _ in range(1 + replayed):
         split = worker.run([LONG])[0]
-    call, cache = split.sparse, worker.caches[0]
+    (call,), cache = split.sparse, worker.caches[0]
     heads = (1, HEADS * GROUP, D)
     arguments = (torch.zeros(heads).half(), cache, call, torch.zeros(heads).half(), 1.0)
     if replayed:

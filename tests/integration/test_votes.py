@@ -111,3 +111,51 @@ def test_votes_find_more_of_what_the_question_asks_for_than_the_recent_window_ha
     right, clean = apart(characters_right, [*chosen, "windowkv", "streaming"])
     assert clean
     assert min(right[policy] for policy in chosen) > right["streaming"]
+
+
+def budgets_by_layer() -> tuple[list[dict], list[list[int]], list[dict], bool]:
+    """Requests of `pyramidkv` and of the server's policy, which has weights of its own, in one
+    batch: outputs, blocks that the rows of the fullest steps attend to by layer, outputs of the
+    server's policy alone, whether nothing leaked."""
+    weights = {"layer_weights": [1.5, 0.5], "token_budget": 512, "working_set_tokens": 960}
+    llm = make_llm(ROOM | weights)
+    runtime = runtime_of(llm)
+    seen: dict[int, dict[int, list[int]]] = {}
+    rank = runtime.rank
+
+    def watched(plan, layer, query):
+        tables = rank(plan, layer, query)
+        n, order = runtime.geometry.block_size, plan.host_slots.argsort()
+        held = -(-plan.seq_lens[order.tolist()] // n)  # sinks, budget and recent window
+        seen.setdefault(plan.step, {})[layer] = held.tolist()
+        return tables
+
+    runtime.rank = watched
+    prompts = [item.prompt for item in make_items(llm, PROMPTS[:2], seed=3)]
+    params = [
+        greedy(24, stop=None, ignore_eos=True, extra_args={"sentencekv_policy": policy})
+        for policy in ("pyramidkv", "sentencekv")
+    ]
+    outputs = generate(llm, prompts, params)
+    batches = [layers for layers in seen.values() if len(layers[0]) == 2]
+    steps = [[row for layer in sorted(step) for row in step[layer]] for step in batches]
+    alone = generate(llm, prompts[1:], params[1])
+    return outputs, steps, alone, is_clean(llm)
+
+
+@pytest.mark.slow
+def test_requests_whose_budgets_differ_by_layer_in_different_ways_share_a_batch():
+    outputs, steps, alone, clean = apart(budgets_by_layer)
+    assert clean
+    assert [o["told"]["mode"] for o in outputs] == ["sparse"] * 2
+    compacted, recalled = (o["told"] for o in outputs)
+    assert compacted["misses"] == 0 and recalled["misses"] > 0
+    assert len(steps) > 10
+    for step in steps:
+        by_layer = [step[i : i + 2] for i in range(0, len(step), 2)]
+        first, last = zip(*by_layer, strict=True)
+        rows = [[blocks - row[-1] for blocks in row] for row in (first, last)]
+        assert len(by_layer) == 4
+        # 14 blocks of history: 24, 17, 11, 4 under the pyramid; 21 and 7 under the weights.
+        assert sorted(rows) == [[14, 14, 0, 0], [20, 13, 7, 0]]
+    assert outputs[1]["generated"][0]["text"] == alone[0]["generated"][0]["text"]

@@ -23,6 +23,7 @@ MODULES = {
     "sentencekv-pool": "sentence_kv_pool",
     "clusterkv": "cluster_kv",
     "snapkv": "snap_kv",
+    "pyramidkv": "pyramid_kv",
     "windowkv": "window_kv",
 }
 
@@ -87,6 +88,15 @@ def test_think_is_the_default_with_a_part_of_the_channels():
     )
     assert [p.name for p in POLICIES.values() if p.score_channels != 1] == ["think"]
     assert 0 < POLICIES["think"].score_channels < 1
+
+
+def test_pyramidkv_is_snapkv_with_a_budget_that_falls_with_the_layer():
+    weights = POLICIES["pyramidkv"].layer_weights
+    assert POLICIES["pyramidkv"] == replace(
+        POLICIES["snapkv"], name="pyramidkv", layer_weights=weights
+    )
+    assert list(weights) == sorted(weights, reverse=True) and len(set(weights)) == 4
+    assert [p.name for p in POLICIES.values() if p.layer_weights] == ["pyramidkv"]
 
 
 def test_only_full_keeps_everything_and_only_streaming_attends_to_no_history():

@@ -140,3 +140,28 @@ def test_compaction_waits_for_no_host_page(simulate):
     sim.prefill("a", 32)
     assert sim.step("a", 1).sparse is not None
     assert np.all(sim.step("a", 1).sparse.seq_lens == PROMPT + 2)
+
+
+def test_a_compacted_request_holds_its_largest_layers_blocks_and_no_more_than_its_history(simulate):
+    lo, hi = 1, (PROMPT - WINDOW) // 4
+    for by_layer, held in (((5, 4, 2, 1), 5), ((40, 1, 1, 1), hi - lo)):
+        sim = simulate()
+        sim.add("a", PROMPT, options=replace(VOTING, layer_blocks=by_layer))
+        sim.prefill("a", 32)
+        (update,) = sim.step("a", 1).updates
+        assert len(update.private_blocks) == held
+        assert [update.settled.budget(layer) for layer in range(4)] == list(by_layer)
+        sim.end("a")
+        assert sim.is_clean
+
+
+def test_kv_is_exact_only_where_the_smallest_budget_covers_the_history(simulate):
+    for by_layer, exact in (((), True), ((50, 10), False)):
+        sim = simulate(stay_dense_when_covered=False)
+        options = DecodeOptions(0, 0, 0.0, 0, 30, 0, 8, layer_blocks=by_layer)
+        sim.add("a", PROMPT, options=options)
+        sim.prefill("a", 32)
+        for _ in range(3):
+            sim.step("a", 1)
+        assert sim.ledger.states["a"].memory.sparse
+        assert (sim.ledger.exact_tokens("a", PROMPT + 3) == PROMPT + 3) == exact

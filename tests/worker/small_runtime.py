@@ -86,7 +86,12 @@ def rows(slots, tails, hi=PROMPT_BLOCKS - 2) -> SparseRows:
 
 
 def plan_of(runtime, tails, tables):
-    """The plan of a decode batch whose rows write to the blocks `tails`."""
+    """The one plan of a decode batch whose rows write to the blocks `tails`."""
+    (plan,) = plans_of(runtime, tails, tables)
+    return plan
+
+
+def plans_of(runtime, tails, tables):
     return runtime.plan(
         block_table=torch.tensor(tables, dtype=torch.int32),
         slot_mapping=torch.tensor(tails) * N + 3,

@@ -98,7 +98,7 @@ class Engine:
         if sparse:
             self.runtime.set_batch_order([str(slot) for slot in sparse])
             table = torch.zeros(len(sparse), 4, dtype=torch.int32)
-            plan = self.runtime.plan(table, torch.empty(0), torch.arange(len(sparse)))
+            (plan,) = self.runtime.plan(table, torch.empty(0), torch.arange(len(sparse)))
             self.runtime.rank(plan, 0, torch.zeros(len(sparse), 1, 8))
         self.runtime.take_report()
 

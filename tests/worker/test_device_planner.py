@@ -156,7 +156,7 @@ def life(runtime, steps=14, seed=1, query_kind=None, attended=lambda *_: None):
         for i, name in enumerate(batch):
             if name != "dense":
                 table[i] = torch.tensor(running[int(name)].blocks)
-        plan = runtime.plan(table, torch.empty(0), torch.arange(len(batch)))
+        (plan,) = runtime.plan(table, torch.empty(0), torch.arange(len(batch)))
         tensors = (plan.batch.pages, plan.tokens, plan.slots, plan.seq_lens, plan.out.head_tables,
                    plan.out.hits)  # fmt: skip
         shape = (
@@ -211,9 +211,9 @@ def test_replays_equal_the_eager_steps_of_any_life(layer_share):
 def test_rows_are_padded_to_a_few_sizes_and_the_padding_selects_nothing():
     runtime = make_runtime(True)
     life(runtime, steps=7)
-    for size, tensors in runtime._planner._buffers.items():
+    for size, tensors in runtime._planner._buffers[0].items():
         assert size.rows == len(tensors.lengths) and size.rows in (1, 2, 4, SLOTS)
-    tensors = next(reversed(runtime._planner._buffers.values()))
+    tensors = next(reversed(runtime._planner._buffers[0].values()))
     slots = tensors.inputs["slots"].tolist()
     padding = [i for i, slot in enumerate(slots) if slot == SLOTS]
     assert padding
@@ -230,7 +230,7 @@ def test_the_least_used_size_goes_first(monkeypatch):
     expected, _, _ = life(make_runtime(False))
     runtime = make_runtime(True, FakeGraph)
     outputs, _, _ = life(runtime)
-    assert len(runtime._planner._buffers) == 2
+    assert len(runtime._planner._buffers[0]) == 2
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
 

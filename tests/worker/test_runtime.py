@@ -15,6 +15,7 @@ from small_runtime import (
     attend,
     make_runtime,
     plan_of,
+    plans_of,
     rows,
     turning_sparse,
 )
@@ -122,7 +123,7 @@ def test_without_sparse_rows_there_is_no_plan():
     runtime = make_runtime(BUDGET)
     runtime.apply(StepMessage(1))
     assert not runtime.has_sparse_rows
-    assert plan_of(runtime, [1], [[1] * 14]) is None
+    assert plans_of(runtime, [1], [[1] * 14]) == ()
     assert runtime.take_report() is None
 
 

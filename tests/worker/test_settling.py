@@ -76,7 +76,7 @@ def test_attention_sees_the_elected_tokens_where_two_requests_trade_blocks():
     sparse = rows([0, 2], [first[-1], second[-1]], hi=HI)
     sparse.seq_lens[:] = PROMPT
     runtime.apply(StepMessage(runtime._step + 1, [], updates, sparse, frees=True))
-    plan = runtime.plan(
+    (plan,) = runtime.plan(
         block_table=torch.tensor([first, second], dtype=torch.int32),
         slot_mapping=torch.tensor([first[-1], second[-1]]) * N + 3,
         last_tokens=torch.arange(2),
@@ -178,7 +178,7 @@ def test_clustered_pages_hold_the_same_tokens_and_the_mean_keys_of_what_they_hol
             means = page_keys.view(everything, N, D).mean(1).bfloat16()
             torch.testing.assert_close(pools.centroids[table, h], means)
     assert moved > 0
-    plan = runtime.plan(
+    (plan,) = runtime.plan(
         block_table=torch.tensor([blocks], dtype=torch.int32),
         slot_mapping=torch.tensor([blocks[-1]]) * N + 3,
         last_tokens=torch.zeros(1, dtype=torch.int64),

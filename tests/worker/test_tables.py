@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sentencekv_vllm.messages import DecodeOptions, RequestUpdate, SparseRows
+from sentencekv_vllm.worker.planner import attended_blocks
 from sentencekv_vllm.worker.tables import Tables
 
 BLOCK, ROWS = 4, 2
@@ -87,7 +88,7 @@ def test_a_batch_is_what_the_updates_said():
     pages = [*range(20, 32)]
     news = update(2, range(12), pages, pages, [7, 20, 41], [50, 51, 52, 53, 54], OPTIONS)
     tables.apply(news)
-    batch = tables.batch(rows_of(2), step=9)
+    batch = tables.batch(rows_of(2), 9, np.asarray([6]))
     assert batch.pages[0, : batch.num_pages[0]].tolist() == pages
     assert batch.num_sentences.tolist() == [3]
     assert batch.sentence_ends[0, :3].tolist() == [7, 20, 41]
@@ -101,18 +102,20 @@ def test_a_batch_is_what_the_updates_said():
 def test_the_budget_is_cut_to_the_history():
     tables = Tables(1, 5, BLOCK, ROWS)
     tables.apply(update(0, range(9), range(9), range(9), [9, 36], [50], OPTIONS))
-    assert tables.batch(rows_of(0, 1, 4), 0).budget_blocks.tolist() == [3]
+    ((layers, attended),) = attended_blocks(tables, rows_of(0, 1, 4))
+    assert layers == range(1) and attended.tolist() == [3]
+    assert tables.batch(rows_of(0, 1, 4), 0, attended).budget_blocks.tolist() == [3]
 
 
 def test_a_batch_is_reused_until_something_changes():
     tables = Tables(1, 5, BLOCK, ROWS)
     tables.apply(update(0, range(9), range(9), range(9), [9, 36], [50], OPTIONS))
-    first = tables.batch(rows_of(0), 1)
-    again = tables.batch(rows_of(0), 2)
+    first = tables.batch(rows_of(0), 1, np.asarray([6]))
+    again = tables.batch(rows_of(0), 2, np.asarray([6]))
     assert again.pages is first.pages and again.step == 2
-    assert tables.batch(rows_of(0, hi=8), 3).history_hi.tolist() == [8]
+    assert tables.batch(rows_of(0, hi=8), 3, np.asarray([6])).history_hi.tolist() == [8]
     tables.apply(update(0, [9], [9], [9]))
-    assert tables.batch(rows_of(0, hi=8), 4).num_pages.tolist() == [10]
+    assert tables.batch(rows_of(0, hi=8), 4, np.asarray([6])).num_pages.tolist() == [10]
 
 
 def test_tables_grow_and_keep_what_they_hold():
