@@ -57,6 +57,7 @@ class Ledger:
         self.blocks_released = 0
         self._slots = PagePool(limits.num_slots)
         self._slot_owner: dict[int, RequestState] = {}
+        self._voters: set[str] = set()  # requests whose last prompt tokens vote
         self._dropped: list[int] = []
         self._frees = False
         self._copy_quota = limits.copy_blocks_per_step
@@ -66,6 +67,8 @@ class Ledger:
 
     def add(self, state: RequestState) -> None:
         self.states[state.request_id] = state
+        if state.voting_from < state.request.num_prompt_tokens:
+            self._voters.add(state.request_id)
 
     def release(self, request_id: str) -> None:
         """Give back everything the request holds: at finish, abort and preemption."""
@@ -87,6 +90,7 @@ class Ledger:
         state = self.states.pop(request_id, None)
         if state is not None:
             assert state.memory.slot < 0, "release comes first"
+            self._voters.discard(request_id)
             self.segmentation.drop(request_id)
             self.finished[state.mode] += 1
 
@@ -229,11 +233,13 @@ class Ledger:
         self, scheduled: Mapping[str, int], num_scheduled: Mapping[str, int]
     ) -> list[tuple[RequestState, int, int]]:
         """Requests of a step that compute voting tokens, with the range of their tokens."""
-        watched = []
+        watched: list[tuple[RequestState, int, int]] = []
+        if not self._voters:
+            return watched
         for request_id, count in num_scheduled.items():
-            state = self.states.get(request_id)
-            if state is None or state.settlement is None:
+            if request_id not in self._voters:
                 continue
+            state = self.states[request_id]
             prompt, start = state.request.num_prompt_tokens, scheduled[request_id]
             first, last = max(start, state.voting_from), min(start + count, prompt)
             if first >= last or prompt < self.limits.min_context_tokens:
