@@ -29,6 +29,7 @@ class DecodeOptions:
     budget_blocks: int  # head-blocks of history selected per KV head and step
     seed: int
     byte_rows: int  # rows of the token index that a step reads, each of 8 channels
+    opening_blocks: int = 0  # where more, those selected for the first token of a sentence
     block_groups: bool = False  # a group is a KV block, not a sentence
     settlement: Settlement | None = None  # at the end of the prefill
     layer_blocks: tuple[int, ...] = ()  # `budget_blocks` by layer; (): the same in all
@@ -42,6 +43,11 @@ class DecodeOptions:
     def largest_budget(self) -> int:
         """Blocks of the layer that selects the most."""
         return max(self.layer_blocks, default=self.budget_blocks)
+
+    @property
+    def unranked(self) -> bool:
+        """No step has to choose: what is attended to is compacted, or nothing of the history."""
+        return self.compacts or not self.budget_blocks
 
     @property
     def compacts(self) -> bool:

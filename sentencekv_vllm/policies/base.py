@@ -20,6 +20,7 @@ class SelectionPolicy:
         index: what a group is scored by; None where nothing is ranked.
         grouping: a group is a `sentences` entry of the segmenter, or one of the KV `blocks`,
             for which no segmenter runs. What is said of sentences elsewhere holds for both.
+        opening: budgets that the first token of a sentence attends to, where more than one.
         settlement: what the end of the prefill does to the history; None: nothing.
         query: of the token being decoded, the mean over the group being written, or of the
             decode step before.
@@ -44,4 +45,5 @@ class SelectionPolicy:
     keeps_all: bool = False
     grouping: Grouping = "sentences"
     settlement: Settlement | None = None
+    opening: float = 0.0
     layer_weights: tuple[float, ...] = ()

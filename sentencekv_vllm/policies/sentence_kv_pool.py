@@ -12,6 +12,7 @@ SENTENCE_KV_POOL = SelectionPolicy(
     query=QueryKind.RUNNING_MEAN,
     reduce=Reduce.MEAN,
     retention=0.0,
+    opening=3.0,
     settlement=Settlement(Fate.RETAIN, window=32, kernel=7, max_pool=True, factor=3.0),
 )
 """Sentences by the product of the running mean query and the mean of their *retained* keys.
@@ -24,6 +25,7 @@ any is out of the race.
 Differences from the paper: a KV head has one selection, by the mean query of its group, where the
 authors repeat K and V for each query head; what is moved and attended to are the blocks that a
 sentence touches, its tokens that were not retained included; sentences without retained tokens
-fill a budget that is not used up; the first token of a sentence has the same budget as the others
-(`length_threshold` of the authors' code attends to the whole pool there).
+fill a budget that is not used up; the first token of a sentence attends to r budgets of blocks, as
+far as the working set holds them, where the authors' code (`length_threshold` of 1) attends to the
+whole pool.
 """

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from typing import Any
 
@@ -137,6 +138,9 @@ class SchedulerSide:
             byte_rows=wanted.byte_rows,
             block_groups=policy.grouping == "blocks",
             settlement=policy.settlement,
+            opening_blocks=min(
+                math.ceil(policy.opening * wanted.budget_blocks), self.resolved.working_set_blocks
+            ),
             layer_blocks=wanted.layer_blocks,
         )
         return Reason.SHORT_CONTEXT, options, policy.keeps_all

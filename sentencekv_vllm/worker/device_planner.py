@@ -51,7 +51,7 @@ class DevicePlanner:
         rows, slots, tables = facts.rows, facts.rows.slots, self._tables
         attended = facts.attended
         options = {name: column[slots] for name, column in tables.options.items()}
-        compacted = options["compacts"].astype(bool)
+        unranked = options["unranked"].astype(bool)
         query_kind = options["query_kind"]
         columns = {
             "rows": facts.found,
@@ -60,9 +60,9 @@ class DevicePlanner:
             "num_pages": tables.pages.counts[slots],
             "num_sentences": tables.num_indexed[slots],
             "history_lo": rows.history_lo,
-            # A compacted history is attended to as it is: to the ops the row has none.
-            "history_hi": np.where(compacted, rows.history_lo, rows.history_hi),
-            "budget_blocks": np.where(compacted, 0, attended),
+            # What is compacted, or not attended to at all, is no history to the ops.
+            "history_hi": np.where(unranked, rows.history_lo, rows.history_hi),
+            "budget_blocks": np.where(unranked, 0, attended),
             "recent_lo": rows.history_hi,
             "attended_blocks": attended,
             "seq_lens": rows.seq_lens,
@@ -104,11 +104,11 @@ class DevicePlanner:
                 buffers.head_tables, totals.hits, totals.misses, totals.coverage, totals.stage_ns
             ),
             tallies=Tallies(totals, count, shared=True),
-            compacted=compacted,
+            unranked=unranked,
             running=inputs["running"] if columns["running"].any() else None,
             previous=inputs["previous"] if columns["previous"].any() else None,
             restarts=inputs["restarts"],
-            ahead=ranks_ahead(columns["previous"], rows, compacted),
+            ahead=ranks_ahead(columns["previous"], rows, unranked),
             graphs=buffers.graphs,
         )
 

@@ -37,7 +37,9 @@ class StepPlan:
     seq_lens: Tensor  # [S] int32: tokens attended to
     out: DecodeOutputs
     tallies: Tallies  # what `out` adds up
-    compacted: npt.NDArray[np.bool_]  # [S] attends to its whole working set: nothing to rank
+    unranked: npt.NDArray[
+        np.bool_
+    ]  # [S] attends to all of its working set, or to none of the history
     running: Tensor | None  # [S] bool: ranks by the running mean query; None: nobody does
     previous: Tensor | None  # [S] bool: ranks by the query of the step before; None: nobody does
     restarts: (
@@ -50,7 +52,7 @@ class StepPlan:
     def variant(self) -> tuple[bool, ...]:
         """What of a layer's work depends on the plan beyond its tensors: part of a graph's key."""
         kinds = self.running is None, self.previous is None, self.ahead
-        return bool(self.compacted.all()), *kinds
+        return bool(self.unranked.all()), *kinds
 
 
 def table_width(rows: SparseRows, budget: Int32s, block_size: int) -> int:

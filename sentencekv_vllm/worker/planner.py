@@ -47,19 +47,21 @@ def attended_blocks(tables: Tables, rows: SparseRows) -> list[tuple[range, Int32
     """Blocks that each row attends to, per KV head, in place of its history: [S] for each run of
     layers in which they are the same."""
     history = rows.history_hi - rows.history_lo
+    opening = np.where(rows.restarts, tables.options["opening_blocks"][rows.slots], 0)
     num_layers = tables.layer_blocks.shape[1]
     if not tables.differs_by_layer[rows.slots].any():
-        attended = np.minimum(tables.options["budget_blocks"][rows.slots], history)
-        return [(range(num_layers), attended)]
-    by_layer = np.minimum(tables.layer_blocks[rows.slots], history[:, None])
+        budget = np.maximum(tables.options["budget_blocks"][rows.slots], opening)
+        return [(range(num_layers), np.minimum(budget, history).astype(np.int32))]
+    budgets = np.maximum(tables.layer_blocks[rows.slots], opening[:, None])
+    by_layer = np.minimum(budgets, history[:, None]).astype(np.int32)
     changes = np.flatnonzero((by_layer[:, 1:] != by_layer[:, :-1]).any(0)) + 1
     bounds = [0, *changes.tolist(), num_layers]
     return [(range(a, b), by_layer[:, a].copy()) for a, b in pairwise(bounds)]
 
 
-def ranks_ahead(previous: Array, rows: SparseRows, compacted: Array) -> bool:
+def ranks_ahead(previous: Array, rows: SparseRows, unranked: Array) -> bool:
     """All rows rank, if at all, by queries of the step before."""
-    return bool((previous & ~rows.restarts).all() and not compacted.all())
+    return bool((previous & ~rows.restarts).all() and not unranked.all())
 
 
 class HostPlanner:
@@ -76,7 +78,7 @@ class HostPlanner:
         query_kind = options["query_kind"][rows.slots]
         running = query_kind == QueryKind.RUNNING_MEAN
         previous = query_kind == QueryKind.PREVIOUS
-        compacted = options["compacts"][rows.slots].astype(bool)
+        unranked = options["unranked"][rows.slots].astype(bool)
         arrays = [facts.found, facts.tokens, rows.slots.astype(np.int64), rows.seq_lens]
         arrays += [running, previous, rows.restarts, rows.history_hi, facts.attended]
         index, tokens, slots, seq_lens, is_running, is_previous, restarts, history_hi, columns = (
@@ -107,10 +109,10 @@ class HostPlanner:
             seq_lens=lengths,
             out=DecodeOutputs(tables, totals.hits, totals.misses, totals.coverage, totals.stage_ns),
             tallies=Tallies(totals, len(rows.slots)),
-            compacted=compacted,
+            unranked=unranked,
             running=is_running if running.any() else None,
             previous=is_previous if previous.any() else None,
             restarts=restarts,
-            ahead=ranks_ahead(previous, rows, compacted),
+            ahead=ranks_ahead(previous, rows, unranked),
             graphs=Graphs(None),
         )

@@ -270,7 +270,7 @@ class Runtime:
             plan: the step's for this layer.
             query: [S, Hq, D] contiguous, the current queries.
         """
-        if plan.compacted.all():
+        if plan.unranked.all():
             return plan.out.head_tables
         leads = not layer % self._layer_share
         if self._prefetch is not None and plan.ahead:
@@ -365,7 +365,7 @@ class Runtime:
         self.counters["swap_in_bytes"] += num_misses * self.pools.head_block_bytes
         self.counters["sparse_steps"] += 1
         shares = (coverage / self.geometry.num_layers).astype(np.float32)
-        shares[plan.compacted] = np.nan
+        shares[plan.unranked] = np.nan
         known = shares[~np.isnan(shares)]
         self.counters["coverage_millionths"] += int(1e6 * float(known.sum()))
         self.counters["coverage_rows"] += len(known)

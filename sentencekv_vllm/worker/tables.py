@@ -22,7 +22,8 @@ OPTION_COLUMNS = (
     "seed",
     "query_kind",
     "byte_rows",
-    "compacts",
+    "unranked",
+    "opening_blocks",
 )
 
 
@@ -161,14 +162,14 @@ class Tables:
         Args:
             attended: [S] blocks per KV head, in place of the history.
         """
-        # A compacted history is attended to as it is: to the ops the row has none.
-        compacts = self.options["compacts"][rows.slots].astype(bool)
-        (budget,) = upload([np.where(compacts, 0, attended).astype(np.int32)], self.device)
+        # What is compacted, or not attended to at all, is no history to the ops.
+        unranked = self.options["unranked"][rows.slots].astype(bool)
+        (budget,) = upload([np.where(unranked, 0, attended).astype(np.int32)], self.device)
         key = (rows.slots.tobytes(), rows.history_lo.tobytes(), rows.history_hi.tobytes())
         if self._batch is not None and self._batch[0] == key:
             return replace(self._batch[1], step=step, budget_blocks=budget)
         slots = rows.slots
-        history_hi = np.where(compacts, rows.history_lo, rows.history_hi)
+        history_hi = np.where(unranked, rows.history_lo, rows.history_hi)
         columns = {
             "pages": self.pages.gather(slots),
             "num_pages": self.pages.counts[slots],

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.vllm
 
 WINDOW, KERNEL, FACTOR = 32, 7, 3
 SINKS = 32
+BUDGET, WORKING_SET = 6, 10  # blocks; the first token of a sentence would attend to 18
 
 
 def compare(prompt_tokens: int) -> list[dict]:
@@ -52,6 +53,7 @@ def compare(prompt_tokens: int) -> list[dict]:
         batch, n = plan.batch, g.block_size
         lo, hi = int(batch.history_lo[0]), int(batch.history_hi[0])
         budget = int(batch.budget_blocks[0])
+        assert budget == (WORKING_SET if bool(plan.restarts[0]) else BUDGET)
         # Algorithm 1: the mean of the queries since the last sentence ended.
         opens = bool(plan.restarts[0])
         total, count = (0, 0) if opens else sums[layer]
@@ -70,7 +72,7 @@ def compare(prompt_tokens: int) -> list[dict]:
             votes = logits.softmax(-1).sum(1).mean(0)[: prompt_length - WINDOW]
             votes = torch.nn.functional.max_pool1d(votes[None], KERNEL, 1, KERNEL // 2)[0]
             votes[:SINKS] = -1
-            kept = set(votes.topk(FACTOR * budget * n).indices.tolist())
+            kept = set(votes.topk(FACTOR * BUDGET * n).indices.tolist())
             scores = []
             for first, end in spans:
                 own = [t for t in range(first, end) if t in kept]

@@ -279,3 +279,18 @@ def test_query_kinds_of_one_batch_do_not_meet():
             for layer, (one, other) in enumerate(layers):
                 assert one == alone[first][step][layer][0], (first, second)
                 assert other == alone[second][step][layer][1], (first, second)
+
+
+def test_the_first_token_of_a_sentence_attends_to_its_opening_blocks():
+    runtime = make_runtime(working_set=6)
+    blocks = list(range(1, PROMPT_BLOCKS + 1))
+    pages, private = [*range(30, 30 + len(blocks))], [*range(20, 26)]
+    runtime.apply(turning_sparse(0, blocks, pages, private, opening_blocks=6))
+    opening = plan_of(runtime, [PROMPT_BLOCKS], [blocks])
+    assert opening.batch.budget_blocks.tolist() == [6]
+    within = rows([0], [PROMPT_BLOCKS])
+    within.restarts[:] = False
+    runtime.apply(StepMessage(2, sparse=within))
+    later = plan_of(runtime, [PROMPT_BLOCKS], [blocks])
+    assert later.batch.budget_blocks.tolist() == [BUDGET]
+    assert int(opening.seq_lens[0] - later.seq_lens[0]) == (6 - BUDGET) * N
