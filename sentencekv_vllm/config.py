@@ -83,6 +83,9 @@ class SentenceKVConfig:
     stay_dense_when_covered: bool = _option(True)
     """False: a history that the budget covers runs through the sparse path all the same,
     which shows that the path is exact."""
+    warm_start: bool = _option(False)
+    """Swap in what the prompt's last token would select before a request's first sparse step. It
+    changes the speed, never the output."""
     cuda_graphs: bool = _option(True)
     """Record what a sparse step does in CUDA graphs; False launches every kernel from Python."""
     allow_untested_vllm: bool = _option(False)

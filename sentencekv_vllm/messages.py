@@ -84,6 +84,7 @@ class RequestUpdate:
     sentence_ends: Int32s  # ends of newly sealed sentences, exclusive
     private_blocks: list[int] | None  # the working set, when it has been drawn
     settled: SettledPrompt | None = None
+    last_query: int = -1  # with the working set: place of the prompt's last query, or -1: not kept
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 COUNTERS: dict[str, str] = {
     "hits": "Selected head-blocks that were resident, over requests, layers and KV heads.",
     "misses": "Selected head-blocks that were swapped in.",
+    "warm_start_head_blocks": "Head-blocks swapped in before a request's first sparse step.",
     "swap_in_bytes": "Bytes copied from the swap pool to the working sets.",
     "swap_out_bytes": "Bytes copied from GPU blocks to the swap pool.",
     "released_blocks": "GPU blocks that requests gave back, before they drew working sets.",

@@ -173,7 +173,8 @@ def _host_format(name: str, block_size: int, head_dim: int, dtype_size: int) -> 
 
 def _observation_window(config: SentenceKVConfig, policy: SelectionPolicy) -> int:
     needed = 0 if policy.settlement is None else policy.settlement.window
-    return needed if config.observation_window is None else config.observation_window
+    window = needed if config.observation_window is None else config.observation_window
+    return max(window, int(config.warm_start))
 
 
 def _history_blocks(config: SentenceKVConfig, token_budget: int, block_size: int) -> int:

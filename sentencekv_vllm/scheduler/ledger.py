@@ -57,7 +57,7 @@ class Ledger:
         self.blocks_released = 0
         self._slots = PagePool(limits.num_slots)
         self._slot_owner: dict[int, RequestState] = {}
-        self._voters: set[str] = set()  # requests whose last prompt tokens vote
+        self._watched: set[str] = set()  # requests whose last prompt queries are kept
         self._dropped: list[int] = []
         self._frees = False
         self._copy_quota = limits.copy_blocks_per_step
@@ -67,8 +67,8 @@ class Ledger:
 
     def add(self, state: RequestState) -> None:
         self.states[state.request_id] = state
-        if state.voting_from < state.request.num_prompt_tokens:
-            self._voters.add(state.request_id)
+        if state.watched_from < state.request.num_prompt_tokens:
+            self._watched.add(state.request_id)
 
     def release(self, request_id: str) -> None:
         """Give back everything the request holds: at finish, abort and preemption."""
@@ -90,7 +90,7 @@ class Ledger:
         state = self.states.pop(request_id, None)
         if state is not None:
             assert state.memory.slot < 0, "release comes first"
-            self._voters.discard(request_id)
+            self._watched.discard(request_id)
             self.segmentation.drop(request_id)
             self.finished[state.mode] += 1
 
@@ -232,20 +232,23 @@ class Ledger:
     def _observe(
         self, scheduled: Mapping[str, int], num_scheduled: Mapping[str, int]
     ) -> list[tuple[RequestState, int, int]]:
-        """Requests of a step that compute voting tokens, with the range of their tokens."""
+        """Requests of a step that compute tokens whose queries are kept, with the range of their
+        tokens."""
         watched: list[tuple[RequestState, int, int]] = []
-        if not self._voters:
+        if not self._watched:
             return watched
         for request_id, count in num_scheduled.items():
-            if request_id not in self._voters:
+            if request_id not in self._watched:
                 continue
             state = self.states[request_id]
             prompt, start = state.request.num_prompt_tokens, scheduled[request_id]
-            first, last = max(start, state.voting_from), min(start + count, prompt)
+            first, last = max(start, state.watched_from), min(start + count, prompt)
             if first >= last or prompt < self.limits.min_context_tokens:
                 continue
             if state.memory.slot >= 0 or self._track(state):
                 state.memory.observed += last - first
+                if state.warm_start and last == prompt:
+                    state.memory.last_query = prompt - 1 - state.watched_from
                 watched.append((state, start, start + count))
         return watched
 
@@ -382,7 +385,7 @@ class Ledger:
             return True
         prompt, memory = state.request.num_prompt_tokens, state.memory
         indexed = state.compacts or len(memory.pages) >= prompt // self.limits.block_size
-        return indexed and memory.observed == prompt - state.voting_from
+        return indexed and memory.observed >= prompt - state.voting_from
 
     def _extend(self, state: RequestState, processed: int) -> tuple[int, int] | None:
         memory = state.memory

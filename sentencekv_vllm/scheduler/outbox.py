@@ -29,6 +29,7 @@ def take_update(state: RequestState) -> RequestUpdate:
         sentence_ends=state.ends[unsent.sentences :],
         private_blocks=memory.private if unsent.private else None,
         settled=unsent.settled,
+        last_query=memory.last_query if unsent.private else -1,
     )
     state.unsent = Unsent(
         options=False,
@@ -73,10 +74,10 @@ def observed_rows(
     block_id: Callable[[str, int], int],
     block_size: int,
 ) -> ObservedRows:
-    """Columns of the rows that compute voting tokens in a step.
+    """Columns of the rows whose queries are kept in a step.
 
     Args:
-        rows: requests with the range of tokens that the step computes, past the first voting one.
+        rows: requests with the range of tokens that the step computes, past the first that is kept.
         block_id, block_size: as in `sparse_rows`.
     """
 
@@ -84,7 +85,8 @@ def observed_rows(
         return np.fromiter(values, np.int32, len(rows))
 
     spans = [
-        (max(start, s.voting_from), min(end, s.request.num_prompt_tokens)) for s, start, end in rows
+        (max(start, s.watched_from), min(end, s.request.num_prompt_tokens))
+        for s, start, end in rows
     ]
     return ObservedRows(
         slots=column(s.memory.slot for s, _, _ in rows),
@@ -92,7 +94,7 @@ def observed_rows(
         offsets=column(e - 1 - first for (first, _), (_, _, e) in zip(spans, rows, strict=True)),
         counts=column(last - first for first, last in spans),
         places=column(
-            first - s.voting_from for (first, _), (s, _, _) in zip(spans, rows, strict=True)
+            first - s.watched_from for (first, _), (s, _, _) in zip(spans, rows, strict=True)
         ),
         request_ids=[s.request_id for s, _, _ in rows],
     )

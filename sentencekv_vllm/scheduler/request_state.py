@@ -43,7 +43,8 @@ class Memory:
     history_hi: int = 0
     exact_tokens: int | None = None  # tokens whose KV is exact, once some are not
     decoded_sparse: bool = False  # at least one step
-    observed: int = 0  # voting tokens whose queries the workers have
+    observed: int = 0  # prompt tokens whose queries the workers have
+    last_query: int = -1  # place of the last of them in the window, once it is the prompt's last
 
 
 @dataclass
@@ -73,6 +74,7 @@ class RequestState:
     segmentation: str = "none"  # none | submitted | done
     memory: Memory = field(default_factory=Memory)
     unsent: Unsent = field(default_factory=Unsent)
+    warm_start: bool = False  # the workers keep the query of the prompt's last token
     sparse_steps: int = 0
     blocks_released: int = 0
     hits: int = 0
@@ -97,6 +99,11 @@ class RequestState:
         """First of the prompt's tokens whose queries vote; the end of the prompt if none do."""
         window = 0 if self.settlement is None else self.settlement.window
         return max(0, self.request.num_prompt_tokens - window)
+
+    @property
+    def watched_from(self) -> int:
+        """First of the prompt's tokens whose queries the workers keep; its end: none."""
+        return min(self.voting_from, self.request.num_prompt_tokens - int(self.warm_start))
 
     @property
     def sealed_tokens(self) -> int:

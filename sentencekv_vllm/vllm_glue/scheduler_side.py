@@ -112,6 +112,9 @@ class SchedulerSide:
                 options=options,
                 keeps_all=keeps_all,
                 reason=reason,
+                warm_start=self.resolved.config.warm_start
+                and options is not None
+                and not options.compacts,
             )
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 
 from ..config import ConfigError
+from ..ops.layer_ops import LayerOps
 from ..ops.load import Sizes, make_layer_ops
 from ..resolved import ResolvedConfig, blocks
 from ..types import Geometry
@@ -19,6 +21,7 @@ from ..worker.graphs import CudaGraphs, Graph
 from ..worker.prefetch import Prefetch
 from ..worker.runtime import Runtime
 from ..worker.tables import rounded_up
+from ..worker.warm_start import MAX_ROWS
 from . import full_graphs
 from .backend import platform
 from .resolve import resolve_for_engine
@@ -77,6 +80,7 @@ def build_runtime(
             observation_window=resolved.observation_window,
             sizes=sizes if on_gpu else None,
             new_graph=new_graph(),
+            warm_ops=_warm_ops(sizes) if resolved.config.warm_start else None,
             prefetch=Prefetch(device, len(names), new_graph()) if on_gpu else None,
         )
     except torch.OutOfMemoryError as error:
@@ -105,6 +109,10 @@ def _refuse_cache(kv_cache_config: Any) -> None:
             "cache precisions, Mamba): a freed block would be zeroed before it is copied out. "
             "Use another attention backend for this model."
         )
+
+
+def _warm_ops(sizes: Sizes) -> LayerOps:
+    return make_layer_ops(replace(sizes, max_requests=min(MAX_ROWS, sizes.max_requests)))
 
 
 def _sizes(

@@ -42,6 +42,10 @@ class Observations:
         """Keep the voting tokens' queries of `query` [tokens, Hq, D]."""
         self._queries[layer].index_copy_(0, observed.places, query.index_select(0, observed.tokens))
 
+    def at(self, layer: int, places: Tensor) -> Tensor:
+        """[n, Hq, D]: the queries at the given places, as in `Observed`."""
+        return self._queries[layer].index_select(0, places)
+
     def of(self, layer: int, slot: int, count: int) -> Tensor:
         """[count, Hq, D]: the slot's window, the prompt's last `count` tokens."""
         first = slot * self.window

@@ -79,12 +79,24 @@ class Prefetch:
             rank: queues them for one layer, into the outputs given.
         """
         tables = self._tables(plan)
+        tables.head_tables.copy_(plan.out.head_tables)  # sinks and recent window, for all layers
+
+        def work(layer: int) -> None:
+            tables.graphs.run(layer, partial(rank, layer, tables.outs[layer]))
+
+        self.queue(layers, work)
+
+    def queue(self, layers: Iterable[int], work: Callable[[int], None]) -> None:
+        """Have the layers' work done beside the forward; each layer is waited for by itself.
+
+        Args:
+            layers: in ascending order.
+            work: queues a layer's on the current stream, which is the side stream.
+        """
         self._side.wait_stream(self._streams.current_stream(self._device))  # rule 1
         with self._streams.stream(self._side):
-            # Sinks and recent window are the same in all layers.
-            tables.head_tables.copy_(plan.out.head_tables)
             for layer in layers:
-                tables.graphs.run(layer, partial(rank, layer, tables.outs[layer]))
+                work(layer)
                 self._ready[layer].record(self._side)
 
     def wait(self, layer: int) -> None:

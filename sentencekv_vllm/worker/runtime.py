@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..messages import Int32s, ObservedRows, SparseRows, StepMessage, StepReport
+from ..messages import Int32s, ObservedRows, RequestUpdate, SparseRows, StepMessage, StepReport
 from ..ops.layer_ops import DecodeOutputs, LayerOps
 from ..ops.load import Sizes
 from ..ops.rotation import rotation
@@ -31,6 +31,7 @@ from .query_previous import QueryPrevious
 from .settling import Settling
 from .tables import Tables
 from .transfer import Array, upload
+from .warm_start import Guess, WarmStart
 
 STEPS_IN_FLIGHT = 2  # vLLM schedules a step once the one before the last has returned
 
@@ -54,6 +55,7 @@ class Runtime:
         sizes: Sizes | None = None,
         new_graph: Callable[[], Graph] | None = None,
         prefetch: Prefetch | None = None,
+        warm_ops: LayerOps | None = None,
     ) -> None:
         """Allocate everything.
 
@@ -74,6 +76,7 @@ class Runtime:
             new_graph: records what a step does on such tensors; None: nothing is recorded.
             prefetch: ranks ahead of the layers where the queries allow it; None: each layer ranks
                 when its turn comes.
+            warm_ops: fill the working sets of requests that turn sparse; None: they start empty.
         """
         self.geometry = geometry
         self.max_pages = num_pages if sizes is None else sizes.max_pages  # of one request
@@ -107,6 +110,20 @@ class Runtime:
         self.observations = Observations(
             geometry, num_slots, observation_window, caches[0].dtype, self.device
         )
+        self._warm_start: WarmStart | None = None
+        if warm_ops is not None:
+            self._warm_start = WarmStart(
+                geometry,
+                self.pools,
+                self.tables,
+                self.observations,
+                warm_ops,
+                self.rotation,
+                layer_share,
+            )
+        self._guesses: deque[Guess] = deque()
+        self._updates: list[RequestUpdate] = []  # of the step, until it is planned
+        self._queued = -1  # the last step with work ahead of its layers
         self._rows: SparseRows | None = None
         self._watched: ObservedRows | None = None
         self._order: dict[str, int] = {}
@@ -135,7 +152,7 @@ class Runtime:
         if message.step == self._step:
             return
         self._step, self._rows, self._plans = message.step, message.sparse, ()
-        self._watched = message.observed
+        self._watched, self._updates = message.observed, message.updates
         self._order = {}
         for slot in message.dropped:
             self.tables.drop(slot)
@@ -216,7 +233,21 @@ class Runtime:
                 # All layers, but for the made-up request, which runs the first one alone.
                 layers = filter(self._has_queries, plan.layers)
                 self._prefetch.start(plan, layers, partial(self._rank_ahead, plan))
+                self._queued = self._step
+        self._fill_working_sets(rows)
         return self._plans
+
+    def _fill_working_sets(self, rows: SparseRows) -> None:
+        if self._warm_start is None:
+            return
+        for guess in self._warm_start.begin(self._step, rows, self._updates):
+            self._guesses.append(guess)
+            if self._prefetch is None:
+                for layer in guess.layers:
+                    self._warm_start.fill(guess, layer)
+            else:
+                self._prefetch.queue(guess.layers, partial(self._warm_start.fill, guess))
+                self._queued = self._step
 
     def _has_queries(self, layer: int) -> bool:
         return self.query_previous.has(layer - layer % self._layer_share)
@@ -259,8 +290,8 @@ class Runtime:
         return Observed(*upload([(s + index).astype(np.int64) for s in starts], self.device))
 
     def await_layer(self, plan: StepPlan, layer: int) -> None:
-        """Before `rank`, and outside a graph's work: wait for what was ranked ahead."""
-        if self._prefetch is not None and plan.ahead:
+        """Before `rank`, and outside a graph's work: wait for what was queued ahead."""
+        if self._prefetch is not None and self._queued == plan.step:
             self._prefetch.wait(layer)
 
     def rank(self, plan: StepPlan, layer: int, query: Tensor) -> Tensor:
@@ -337,6 +368,7 @@ class Runtime:
         self._step, self._rows, self._plans, self._report = -1, None, (), None
         self._watched = None
         self._unsettled.clear()
+        self._guesses.clear()
         self.counters.clear()
 
     def close(self) -> None:
@@ -349,9 +381,21 @@ class Runtime:
             for plan in self._plans:
                 plan.tallies.start_fetch()
             self._unsettled.append(self._plans)
+            for guess in self._guesses:
+                if guess.step == self._plans[0].step:
+                    guess.tallies.start_fetch()
             self._plans = ()
         while self._unsettled and self._unsettled[0][0].step <= self._step - self._lag:
             self._book(self._unsettled.popleft())
+        while self._guesses and self._guesses[0].step <= self._step - self._lag:
+            self._book_guess(self._guesses.popleft())
+
+    def _book_guess(self, guess: Guess) -> None:
+        _, misses, stage_ns, _ = guess.tallies.fetched()
+        for name, elapsed in zip(STAGES, stage_ns.tolist(), strict=True):
+            self.counters[f"{name}_ns"] += elapsed
+        self.counters["warm_start_head_blocks"] += int(misses.sum())
+        self.counters["swap_in_bytes"] += int(misses.sum()) * self.pools.head_block_bytes
 
     def _book(self, plans: tuple[StepPlan, ...]) -> None:
         plan = plans[0]  # the rows are the same in all

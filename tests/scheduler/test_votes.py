@@ -18,6 +18,8 @@ VOTING = DecodeOptions(
 )
 POOL = replace(VOTING, block_groups=False, settlement=Settlement(Fate.RETAIN, window=WINDOW))
 
+PLAIN = replace(VOTING, settlement=None)
+
 
 def observed_places(messages) -> list[int]:
     """Places in the window whose queries the workers are told to keep, in order."""
@@ -165,3 +167,27 @@ def test_kv_is_exact_only_where_the_smallest_budget_covers_the_history(simulate)
             sim.step("a", 1)
         assert sim.ledger.states["a"].memory.sparse
         assert (sim.ledger.exact_tokens("a", PROMPT + 3) == PROMPT + 3) == exact
+
+
+@pytest.mark.parametrize("chunk", [1000, 25, 1])
+@pytest.mark.parametrize(("options", "window"), [(PLAIN, 1), (POOL, WINDOW)])
+def test_the_prompts_last_query_is_named_when_the_working_set_is_drawn(
+    simulate, chunk, options, window
+):
+    sim = simulate()
+    sim.add("a", PROMPT, options=options, warm_start=True)
+    messages = []
+    while sim.computed.get("a", 0) < PROMPT:
+        messages.append(sim.step("a", min(chunk, PROMPT - sim.computed.get("a", 0))))
+    assert observed_places(messages) == list(range(window))
+    assert all(u.last_query == -1 for m in messages for u in m.updates)
+    (update,) = sim.step("a", 1).updates
+    assert update.private_blocks and update.last_query == window - 1
+
+
+def test_without_warm_start_nobody_is_told_of_a_query(simulate):
+    sim = simulate()
+    sim.add("a", PROMPT)
+    first = sim.step("a", PROMPT)
+    (update,) = sim.step("a", 1).updates
+    assert first.observed is None and update.private_blocks and update.last_query == -1

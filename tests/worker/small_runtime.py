@@ -10,7 +10,7 @@ import torch
 
 from sentencekv_vllm.host_format import HostFormat
 from sentencekv_vllm.messages import DecodeOptions, RequestUpdate, SparseRows, StepMessage
-from sentencekv_vllm.ops.layer_ops import ReferenceOps
+from sentencekv_vllm.ops.layer_ops import LayerOps, ReferenceOps
 from sentencekv_vllm.ops.sparse_decode import sparse_decode
 from sentencekv_vllm.ops.token_layout import TokenLayout
 from sentencekv_vllm.types import Geometry, IndexKind, QueryKind, Reduce
@@ -31,7 +31,10 @@ BUDGET, PROMPT_BLOCKS, WINDOW = 3, 14, 6
 
 
 def make_runtime(
-    working_set: int, layer_share: int = 1, host_format: HostFormat | None = None
+    working_set: int,
+    layer_share: int = 1,
+    host_format: HostFormat | None = None,
+    warm_ops: LayerOps | None = None,
 ) -> Runtime:
     generator = torch.Generator().manual_seed(0)
     caches = [torch.randn(BLOCKS, HEADS, N, 2 * D, generator=generator) for _ in range(2)]
@@ -47,6 +50,7 @@ def make_runtime(
         layer_names=["first", "second"],
         layer_share=layer_share,
         observation_window=WINDOW,
+        warm_ops=warm_ops,
     )
 
 

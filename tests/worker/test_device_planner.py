@@ -44,7 +44,13 @@ class SteppedReference(ReferenceOps):
 
 
 def make_runtime(
-    persistent, new_graph=None, layer_share=1, max_pages=CONTEXT, prefetch=None, ops=None
+    persistent,
+    new_graph=None,
+    layer_share=1,
+    max_pages=CONTEXT,
+    prefetch=None,
+    ops=None,
+    warm_ops=None,
 ):
     sizes = Sizes(GEOMETRY, CPU, SLOTS, max_pages, 80, WORKING_SET)
     generator = torch.Generator().manual_seed(0)
@@ -63,6 +69,8 @@ def make_runtime(
         sizes=sizes if persistent else None,
         new_graph=new_graph,
         prefetch=prefetch,
+        warm_ops=warm_ops,
+        observation_window=int(warm_ops is not None),
     )
 
 
@@ -104,6 +112,7 @@ class Request:
             [page % PAGES for page in pages],
             ends,
             self.private if first else None,
+            last_query=0,
         )
 
 

@@ -67,9 +67,9 @@ def test_steps_with_other_rows_rank_inline():
 class TouchingOps(SteppedReference):
     """Notes what an op touches, and on which stream."""
 
-    def __init__(self, streams):
+    def __init__(self, streams, workspace="workspace"):
         super().__init__()
-        self.streams, self.pools = streams, []
+        self.streams, self.pools, self.workspace = streams, [], workspace
         self.touch = streams.touch
         index_pages, index_sentences = self.index_pages, self.index_sentences
 
@@ -84,12 +84,14 @@ class TouchingOps(SteppedReference):
         self.index_pages, self.index_sentences = pages, sentences
 
     def set_step(self, step):
-        self.touch("workspace", [0], written=True)
+        self.touch(self.workspace, [0], written=True)
         super().set_step(step)
 
     def begin_step(self, batch):
-        for kind in ("workspace", "step", "totals"):
-            self.touch(kind, [0], written=True)
+        self.touch(self.workspace, [0], written=True)
+        if self.workspace == "workspace":  # the batch and the totals of the plan
+            for kind in ("step", "totals"):
+                self.touch(kind, [0], written=True)
         super().begin_step(batch)
 
     def decode_layer(self, geometry, pools, batch, query, rotation, out):
@@ -104,12 +106,14 @@ class TouchingOps(SteppedReference):
         super().reuse_selection(pools, batch, out)
 
     def _select(self, pools, batch, out):
-        layer = next(i for i, known in enumerate(self.pools) if known is pools)
-        self.touch("step", [0], written=False)
+        layer = next(i for i, known in enumerate(self.pools) if known.cache is pools.cache)
         for s, count in enumerate(batch.num_pages.tolist()):
             self.touch("page", batch.pages[s, :count], written=False)
-        for kind in ("workspace", "totals"):
-            self.touch(kind, [0], written=True)
+        self.touch(self.workspace, [0], written=True)
+        if self.workspace == "workspace":
+            self.touch("step", [0], written=False)
+            self.touch("totals", [0], written=True)
+        self.touch("flags", [pools.kept.data_ptr()], written=True)
         self.touch("residency", [layer], written=True)
         self.touch("tables", [out.head_tables.data_ptr()], written=True)
         self.touch("slot", slots_of(batch, layer), written=True)
@@ -133,12 +137,16 @@ class TouchingQueries(QueryPrevious):
         super().keep(layer, slots, query)
 
 
-def races(kind, layer_share=1):
-    """Of a life on streams that record."""
+def races(kind, layer_share=1, query_kind=PREVIOUS, warm=False):
+    """Of a life on streams that record; `warm`: working sets are filled ahead, too."""
     streams = FakeStreams()
-    ops = TouchingOps(streams)
+    ops, warm_ops = TouchingOps(streams), TouchingOps(streams, "warm workspace")
     ahead = prefetch(kind, FakeGraph, streams)
-    runtime = make_runtime(True, FakeGraph, layer_share, prefetch=ahead, ops=ops)
+    runtime = make_runtime(
+        True, FakeGraph, layer_share, prefetch=ahead, ops=ops, warm_ops=warm_ops if warm else None
+    )
+    runtime.observations._queries.normal_()
+    warm_ops.pools = runtime.pools.layers
     runtime._copies = SideStream(CPU, streams)
     runtime.query_previous = TouchingQueries(streams)
     ops.pools = runtime.pools.layers
@@ -157,11 +165,12 @@ def races(kind, layer_share=1):
         streams.touch("slot", slots_of(plan.batch, layer), written=False)
 
     runtime.pools.empty_slots, runtime.take_report = emptied, reported
-    life(runtime, 16, 2, PREVIOUS, attended)
+    life(runtime, 16, 2, query_kind, attended)
     kinds = {name for name, _, _ in streams.accesses}
     assert kinds == {
         *("page", "row", "workspace", "step", "totals"),
-        *("residency", "tables", "slot", "query"),
+        *("residency", "flags", "tables", "slot", "query"),
+        *(["warm workspace"] if warm else []),
     }
     return {name for (name, *_), _ in streams.races()}
 
@@ -172,9 +181,9 @@ def test_no_wait_is_missing(layer_share):
 
 
 class NoFirstWait(Prefetch):
-    def start(self, plan, layers, rank):
+    def queue(self, layers, work):
         self._side.wait_stream = lambda stream: None
-        super().start(plan, layers, rank)
+        super().queue(layers, work)
 
 
 class NoWaitForLayers(Prefetch):
@@ -198,6 +207,31 @@ class OneTable(Prefetch):
 )
 def test_each_rule_is_needed(broken, raced):
     assert raced <= races(broken)
+
+
+@pytest.mark.parametrize("query_kind", [PREVIOUS, None])
+def test_filling_working_sets_races_with_nothing(query_kind):
+    assert races(Prefetch, query_kind=query_kind, warm=True) == set()
+    assert races(NoWaitForLayers, query_kind=query_kind, warm=True) >= {"residency", "slot"}
+
+
+@pytest.mark.parametrize("query_kind", [PREVIOUS, None])
+def test_filled_working_sets_change_hits_and_nothing_else(query_kind):
+    cold = make_runtime(True)
+    warm = make_runtime(True, FakeGraph, prefetch=prefetch(), warm_ops=SteppedReference())
+    warm.observations._queries.normal_(generator=torch.Generator().manual_seed(3))
+    (expected, state, _), (outputs, left, _) = (
+        life(runtime, 16, 2, query_kind) for runtime in (cold, warm)
+    )
+    pairs = [(a, b) for a, b in zip(expected, outputs, strict=True) if a.is_floating_point()]
+    assert pairs and all(torch.equal(a, b) for a, b in pairs)
+    assert torch.equal(state["kept"], left["kept"])
+    before, after = counts(cold), counts(warm)
+    filled = after.pop("warm_start_head_blocks")
+    assert filled > 0 and after["misses"] < before["misses"]
+    assert after["hits"] + after["misses"] == before["hits"] + before["misses"]
+    swapped = (after["misses"] + filled) * warm.pools.head_block_bytes
+    assert after["swap_in_bytes"] == swapped
 
 
 def test_layers_are_ranked_beside_the_attention_of_those_before():
