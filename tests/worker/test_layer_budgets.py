@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fake_graph import FakeGraph
+from fake_streams import FakeStreams
 
 from sentencekv_vllm.messages import (
     DecodeOptions,
@@ -24,6 +25,7 @@ from sentencekv_vllm.ops.sparse_decode import sparse_decode
 from sentencekv_vllm.ops.token_layout import TokenLayout
 from sentencekv_vllm.ops.votes import count_votes, elect_tokens
 from sentencekv_vllm.types import Fate, Geometry, IndexKind, QueryKind, Reduce, Settlement
+from sentencekv_vllm.worker.prefetch import Prefetch
 from sentencekv_vllm.worker.runtime import Runtime
 
 N, D, HEADS, GROUP, LAYERS, WINDOW = 8, 16, 2, 2, 4, 6
@@ -48,7 +50,7 @@ class SteppedReference(ReferenceOps):
         super().reuse_selection(pools, replace(batch, step=self.step), out)
 
 
-def make_runtime(persistent, layer_share=1):
+def make_runtime(persistent, layer_share=1, prefetch=None):
     generator = torch.Generator().manual_seed(0)
     caches = [torch.randn(BLOCKS, HEADS, N, 2 * D, generator=generator) for _ in range(LAYERS)]
     keys = torch.arange(N * D).view(N, D)
@@ -62,6 +64,7 @@ def make_runtime(persistent, layer_share=1):
         ops=SteppedReference(),
         layer_names=[str(i) for i in range(LAYERS)],
         layer_share=layer_share,
+        prefetch=prefetch,
         observation_window=WINDOW,
         sizes=Sizes(GEOMETRY, torch.device("cpu"), 4, 20, 60, WORKING_SET) if persistent else None,
         new_graph=FakeGraph if persistent else None,
@@ -141,16 +144,17 @@ def step(runtime, slots, updates=(), seed=0):
             query[row] = 3 * torch.randn(HEADS * GROUP, D, generator=generator)
         held = plan.graphs.once("query", lambda query=query: torch.zeros_like(query))
         held.copy_(query)
+        runtime.await_layer(plan, layer)
+        ahead = runtime._prefetch is not None and plan.ahead
         plan.graphs.run(
             (layer, *plan.variant),
             lambda plan=plan, layer=layer, held=held: runtime.rank(plan, layer, held),
         )
         key, value = runtime.pools.layers[layer].cache.view(BLOCKS, HEADS, 2 * N, D).chunk(2, 2)
-        result = sparse_decode(
-            held, key, value, plan.out.head_tables, plan.seq_lens, GEOMETRY.scale
-        )[0]
+        out = runtime._prefetch.head_tables(plan, layer) if ahead else plan.out.head_tables
+        result = sparse_decode(held, key, value, out, plan.seq_lens, GEOMETRY.scale)[0]
         outputs.append(result[:count].clone())
-        tables.append(plan.out.head_tables[:count].clone())
+        tables.append(out[:count].clone())
     return plans, outputs, tables
 
 
@@ -323,3 +327,23 @@ def test_budgets_that_the_history_cuts_to_the_same_need_one_plan():
     table = torch.tensor([blocks_of(1)], dtype=torch.int32)
     (plan,) = runtime.plan(table, torch.empty(0), torch.zeros(1, dtype=torch.int64))
     assert plan.layers == range(LAYERS) and plan.batch.budget_blocks.tolist() == [min(TIERS)]
+
+
+@pytest.mark.parametrize("layer_share", [1, 2])
+def test_ranking_ahead_of_the_layers_selects_what_ranking_in_them_does(layer_share):
+    def serve(prefetch):
+        runtime = make_runtime(True, layer_share, prefetch)
+        previous = {"query_kind": int(QueryKind.PREVIOUS)}
+        updates = [recalled(1, layer_blocks=(5, 5, 3, 3), **previous), recalled(2, **previous)]
+        found = []
+        for number in range(5):
+            plans, outputs, _ = step(runtime, [1, 2], [] if number else updates, seed=number)
+            report = runtime.take_report()
+            found.append((torch.stack(outputs), report.hits.tolist(), report.misses.tolist()))
+            assert [plan.ahead for plan in plans] == [number > 0] * 2
+        return found
+
+    cpu = torch.device("cpu")
+    ahead = serve(Prefetch(cpu, LAYERS, FakeGraph, FakeStreams()))
+    for (output, *counts), (inline, *expected) in zip(ahead, serve(None), strict=True):
+        assert torch.equal(output, inline) and counts == expected
