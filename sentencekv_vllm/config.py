@@ -91,8 +91,8 @@ class SentenceKVConfig:
     allow_untested_vllm: bool = _option(False)
 
     index_vectors: int | None = _option(None, low=1, high=2)
-    """Vectors a sentence row has room for. 2 lets requests ask for the policies `quest` and
-    `mean-std`; None: what the server's own policy needs."""
+    """Vectors a sentence row has room for. 2 lets requests ask for the policies `quest`,
+    `mean-std` and `retroinfer`, or to estimate; None: what the server's own policy needs."""
 
     index_channels: int | None = _option(None, low=8)
     """Rotated channels of a key that the 1-bit index keeps, a multiple of 8; None: all. Fewer
@@ -111,13 +111,15 @@ class SentenceKVConfig:
     the last: up to 4 numbers of mean 1, in place of the policy's own; None keeps them."""
 
     index: str | None = _option(None, choices=tuple(INDEX_NAMES))
-    """With `grouping`, `query`, `head_reduce`, `retention` and `score_channels`: in place of the
-    policy's own; None keeps it."""
+    """With `grouping`, `query`, `head_reduce`, `retention`, `score_channels` and `estimate`: in
+    place of the policy's own; None keeps it."""
     grouping: str | None = _option(None, choices=get_args(Grouping))
     query: str | None = _option(None, choices=tuple(QUERY_NAMES))
     head_reduce: str | None = _option(None, choices=tuple(REDUCE_NAMES))
     retention: float | None = _option(None, low=0)
     score_channels: float | None = _option(None, above=0, high=1)
+    estimate: bool | None = _option(None)
+    """What is left out of the history contributes through its groups' mean keys and values."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SentenceKVConfig:
@@ -154,8 +156,8 @@ class SentenceKVConfig:
                 f"fixed_sentence_tokens {fixed} lies outside min_sentence_tokens {low} and "
                 f"max_sentence_tokens {high}: set it to {min(max(fixed, low), high)}"
             )
-        parts = ("index", "grouping", "query", "head_reduce", "retention", "score_channels")
-        overrides = [name for name in parts if getattr(self, name) is not None]
+        ranking = ("index", "grouping", "query", "head_reduce", "retention", "score_channels")
+        overrides = [name for name in (*ranking, "estimate") if getattr(self, name) is not None]
         if overrides and POLICIES[self.policy].index is None:
             raise ConfigError(
                 f"policy {self.policy!r} ranks nothing, so {', '.join(overrides)} cannot apply: "
@@ -173,10 +175,13 @@ class SentenceKVConfig:
                 f"{'none' if index is None else repr(index.name.lower())}: set index to "
                 "'token_bits' or score_channels to 1"
             )
-        if index is not None and self.index_vectors == 1 < index.vectors:
+        if (conflict := policy.estimate_conflict) is not None:
+            raise ConfigError(f"{conflict}: set estimate to false")
+        if index is not None and self.index_vectors == 1 < policy.vectors:
             raise ConfigError(
-                f"index {index.name.lower()!r} keeps {index.vectors} vectors a row, index_vectors "
-                f"is {self.index_vectors}: set it to {index.vectors}"
+                f"index {index.name.lower()!r}{' with estimate' * policy.estimate} keeps "
+                f"{policy.vectors} vectors a row, index_vectors is {self.index_vectors}: set it to "
+                f"{policy.vectors}"
             )
 
         settlement = POLICIES[self.policy].settlement
@@ -207,6 +212,7 @@ class SentenceKVConfig:
             "retention": self.retention,
             "score_channels": self.score_channels,
             "layer_weights": self.layer_weights,
+            "estimate": self.estimate,
         }
         return replace(POLICIES[self.policy], **{k: v for k, v in changes.items() if v is not None})
 

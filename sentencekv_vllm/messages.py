@@ -32,6 +32,7 @@ class DecodeOptions:
     opening_blocks: int = 0  # where more, those selected for the first token of a sentence
     block_groups: bool = False  # a group is a KV block, not a sentence
     settlement: Settlement | None = None  # at the end of the prefill
+    estimates: bool = False  # what is left out of the history
     layer_blocks: tuple[int, ...] = ()  # `budget_blocks` by layer; (): the same in all
 
     @property

@@ -21,6 +21,7 @@ RANKING: dict[str, tuple[str, Mapping[str, Any] | None]] = {
     "sentencekv_head_reduce": ("reduce", REDUCE_NAMES),
     "sentencekv_retention": ("retention", None),  # a number
     "sentencekv_score_channels": ("score_channels", None),
+    "sentencekv_estimate": ("estimate", {"on": True, "off": False}),
 }
 """Parts of the policy by option; they are there to compare rankings on one server."""
 KEYS = (SWITCH, POLICY, BUDGET, *RANKING)
@@ -114,11 +115,14 @@ def _check_index(policy: SelectionPolicy, resolved: ResolvedConfig) -> None:
             f"{index.name.lower()!r}: set sentencekv_index to 'token_bits' or "
             "sentencekv_score_channels to 1"
         )
-    if index is not None and index.vectors > resolved.index_vectors:
+    if (conflict := policy.estimate_conflict) is not None:
+        raise RequestOptionsError(f"{conflict}: set sentencekv_estimate to 'off'")
+    if index is not None and policy.vectors > resolved.index_vectors:
         raise RequestOptionsError(
-            f"policy {policy.name!r} with index {index.name.lower()!r} keeps {index.vectors} "
+            f"policy {policy.name!r} with index {index.name.lower()!r}"
+            f"{' and estimate' * policy.estimate} keeps {policy.vectors} "
             f"vectors a row, this server has room for {resolved.index_vectors}: start it with "
-            f"index_vectors of {index.vectors}"
+            f"index_vectors of {policy.vectors}"
         )
 
 

@@ -118,8 +118,7 @@ def resolve(
     head_block_bytes = 2 * block_size * head_dim * dtype_size
     page_bytes = head_blocks * (head_block_bytes if form is None else form.head_block_bytes)
     policy = config.selection_policy
-    needed = 1 if policy.index is None else policy.index.vectors
-    vectors = config.index_vectors or needed
+    vectors = config.index_vectors or policy.vectors
     vectors_and_flags = rows_per_page * (2 * head_dim * vectors + 1)
     history = _history_blocks(config, config.token_budget, block_size)
     wanted = config.working_set_tokens

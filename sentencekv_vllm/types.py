@@ -79,7 +79,7 @@ class Geometry:
     block_size: int  # tokens
     rows_per_page: int  # sentence rows (centroid, retention flag) that come with a page
     scale: float  # softmax scale of the attention
-    vectors_per_row: int = 1  # 2: with room for IndexKind.BOUNDS and MEAN_STD
+    vectors_per_row: int = 1  # 2: with room for IndexKind.BOUNDS and MEAN_STD, or for mean values
     index_channels: int | None = None  # rotated channels that TOKEN_BITS keeps; None: all
     host_format: HostFormat | None = None  # of the swap pool; None: byte copies
 
@@ -113,7 +113,7 @@ class LayerPools:
     page_slot: Tensor  # [P, H] int32: block that holds the page's head-block, or -1
     slot_page: Tensor  # [B, H] int32: page held by the block's head-block, or -1
     slot_stamp: Tensor  # [B, H] int32: step at which the slot was last selected
-    spreads: Tensor | None = None  # as centroids, where a row has two vectors
+    spreads: Tensor | None = None  # as centroids, where a row has two vectors: see there
     host_format: HostFormat | None = None  # None: a page is a byte copy of a block
 
 

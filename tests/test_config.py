@@ -65,6 +65,11 @@ def test_nothing_typed_means_the_defaults():
         ({"index_vectors": 3}, ["index_vectors", "at most 2", "got 3"]),
         ({"observation_window": 8, "policy": "snapkv"}, ["'snapkv'", "last 32", "set it to 32"]),
         ({"index_vectors": 1, "policy": "quest"}, ["'bounds'", "2 vectors", "set it to 2"]),
+        ({"index_vectors": 1, "estimate": True}, ["with estimate", "2 vectors", "set it to 2"]),
+        ({"estimate": 1}, ["estimate", "bool or null", "1 (int)"]),
+        ({"policy": "quest", "estimate": True}, ["'bounds'", "mean values", "estimate to false"]),
+        ({"policy": "snapkv", "estimate": True}, ["'snapkv'", "estimate"]),
+        ({"policy": "sentencekv-pool", "estimate": True}, ["elected tokens", "to false"]),
         ({"policy": "full", "retention": 1.0}, ["'full'", "retention", "remove it"]),
         (
             {"policy": "streaming", "index": "centroid", "query": "current"},
@@ -114,6 +119,7 @@ def test_the_default_preset_spells_out_the_defaults():
     written = yaml.safe_load(preset_path("default").read_text())["additional-config"]["sentencekv"]
     policys_own = {"index", "grouping", "query", "head_reduce", "retention", "score_channels"}
     policys_own |= {"layer_weights"}
+    policys_own |= {"estimate"}
     assert set(written) == {f.name for f in fields(SentenceKVConfig)} - policys_own
 
 
@@ -167,6 +173,8 @@ def test_room_for_two_vectors_is_made_where_it_is_needed_or_asked_for():
     default, quest = sizes(), sizes(policy="quest")
     assert (default.index_vectors, quest.index_vectors) == (1, 2)
     assert sizes(policy="streaming").index_vectors == 1
+    assert sizes(estimate=True).index_vectors == sizes(policy="retroinfer").index_vectors == 2
+    assert sizes(policy="retroinfer", estimate=False).index_vectors == 1
     assert sizes(index_vectors=2).index_bytes == quest.index_bytes
     head_blocks = MODEL["num_layers"] * MODEL["num_kv_heads"]
     vector = 2 * MODEL["head_dim"] * default.rows_per_page * head_blocks

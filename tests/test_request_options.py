@@ -69,6 +69,14 @@ def test_the_ranking_can_be_taken_apart():
     assert found == (IndexKind.CENTROID, "blocks", QueryKind.RUNNING_MEAN, Reduce.MAX, 0.0)
 
 
+def test_what_is_left_out_is_estimated_on_demand():
+    resolved = server(index_vectors=2)
+    assert not RequestOptions.parse({}, resolved).policy.estimate
+    assert RequestOptions.parse({"sentencekv_estimate": "on"}, resolved).policy.estimate
+    extra = {"sentencekv_policy": "retroinfer", "sentencekv_estimate": "off"}
+    assert not RequestOptions.parse(extra, server()).policy.estimate
+
+
 @pytest.mark.parametrize(("share", "rows"), [(0.5, 4), (0.01, 1), (0.51, 5), (1, 8)])
 def test_a_share_of_the_channels_is_counted_in_bytes(share, rows):
     options = RequestOptions.parse({"sentencekv_score_channels": share}, server())
@@ -91,6 +99,12 @@ def test_a_share_of_the_channels_is_counted_in_bytes(share, rows):
         ({"sentencekv_policy": "quest"}, ["'quest'", "2 vectors", "index_vectors of 2"]),
         ({"sentencekv_policy": "snapkv"}, ["'snapkv'", "32 prompt tokens", "observation_window"]),
         ({"sentencekv_index": "mean_std"}, ["'mean_std'", "index_vectors of 2"]),
+        ({"sentencekv_estimate": "on"}, ["and estimate", "2 vectors", "index_vectors of 2"]),
+        ({"sentencekv_estimate": "yes"}, ["sentencekv_estimate", "on, off"]),
+        (
+            {"sentencekv_index": "bounds", "sentencekv_estimate": "on"},
+            ["'bounds'", "mean values", "sentencekv_estimate to 'off'"],
+        ),
         ({"sentencekv_grouping": "page"}, ["sentencekv_grouping", "sentences, blocks"]),
         ({"sentencekv_query": "last"}, ["sentencekv_query", "running_mean, previous"]),
         ({"sentencekv_score_channels": 0}, ["sentencekv_score_channels", "above 0", "0"]),

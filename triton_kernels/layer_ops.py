@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..ops.estimate_unselected import Attended, estimate_unselected
 from ..ops.layer_ops import DecodeOutputs
 from ..types import Geometry, IndexKind, LayerPools, SparseBatch
 from .index_pages import index_pages
@@ -81,6 +82,20 @@ class TritonOps:
         """What `decode_layer` does once blocks are selected; the workspace holds them."""
         self.resolve_residency(pools, batch, out)
         self.swap_in(pools, batch)
+
+    def estimate_unselected(
+        self,
+        geometry: Geometry,
+        pools: LayerPools,
+        batch: SparseBatch,
+        estimates: Tensor,
+        query: Tensor,
+        attended: Attended,
+        output: Tensor,
+    ) -> None:
+        """The reference: PyTorch on tensors of fixed shapes, no kernel of its own."""
+        step = self._work.step
+        estimate_unselected(geometry, pools, batch, step, estimates, query, attended, output)
 
     def resolve_residency(self, pools: LayerPools, batch: SparseBatch, out: DecodeOutputs) -> None:
         """Give every head-block of the selection a slot; `CudaOps` has its own."""

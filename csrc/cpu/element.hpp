@@ -21,6 +21,10 @@ inline uint16_t to_bfloat16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+inline void store_element(Bfloat16* out, float value) { out->bits = to_bfloat16(value); }
+inline void store_element(_Float16* out, float value) { *out = static_cast<_Float16>(value); }
+inline void store_element(float* out, float value) { *out = value; }
+
 // Calls body(Element*) with the type that `dtype` names.
 template <class Body>
 void with_elements(Dtype dtype, const void* data, Body body) {

@@ -23,9 +23,6 @@ constexpr float kSmallest = 0x1p-100f;
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 
-inline void store_element(Bfloat16* out, float value) { out->bits = to_bfloat16(value); }
-inline void store_element(_Float16* out, float value) { *out = static_cast<_Float16>(value); }
-inline void store_element(float* out, float value) { *out = value; }
 
 // kLanes elements, rounded to nearest, ties to even.
 inline void store_elements(Bfloat16* out, Floats values) {

@@ -77,10 +77,9 @@ def start(options: argparse.Namespace, variants: Sequence[Variant]) -> Engine:
 
 def _room(variants: Sequence[Variant]) -> dict[str, int]:
     """What a server must have been started with for all these requests."""
-    indexes = [variant.index for variant in variants]
     settlements = [POLICIES[variant.policy].settlement for variant in variants if variant.policy]
     return {
-        "index_vectors": max((i.vectors for i in indexes if i is not None), default=1),
+        "index_vectors": max((variant.vectors for variant in variants), default=1),
         "observation_window": max((s.window for s in settlements if s), default=0),
     }
 

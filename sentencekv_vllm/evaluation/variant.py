@@ -30,6 +30,7 @@ ABLATION: dict[str, Options] = {
     "1-bit, previous, softmax mean, retention 5": _BITS
     | {"sentencekv_query": "previous", "sentencekv_retention": 5},
     "half of 1-bit, softmax mean, retention 3": _BITS | {"sentencekv_score_channels": 0.5},
+    "1-bit, softmax mean, retention 3, rest estimated": _BITS | {"sentencekv_estimate": "on"},
     "1-bit, current, mean": _BITS | {"sentencekv_head_reduce": "mean", "sentencekv_retention": 0},
     "1-bit, current, max": _BITS | {"sentencekv_head_reduce": "max", "sentencekv_retention": 0},
     **{
@@ -81,6 +82,17 @@ class Variant:
             return None
         given = self._parts.get("sentencekv_index")
         return INDEX_NAMES[str(given)] if given else POLICIES[self.policy].index
+
+    @property
+    def vectors(self) -> int:
+        """That a sentence's row must hold."""
+        if self._parts.get("sentencekv_estimate") == "on":
+            return 2
+        policy = POLICIES.get(self.policy or "")
+        estimates = (
+            policy is not None and policy.estimate and "sentencekv_estimate" not in self._parts
+        )
+        return 2 if estimates else 1 if self.index is None else self.index.vectors
 
     @property
     def host_kv_dtype(self) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..types import Geometry, IndexKind, LayerPools, SparseBatch
 from . import cpu_args as args
 from .cpu_build import load_library
+from .estimate_unselected import Attended
 from .layer_ops import DecodeOutputs
 
 Value = TypeVar("Value")
@@ -49,6 +50,14 @@ class CpuOps:
         self._decode_layer.argtypes = [ctypes.c_void_p] * 6
         self._reuse_selection = library.sentencekv_cpu_reuse_selection
         self._reuse_selection.argtypes = [ctypes.c_void_p] * 4
+        self._estimate = library.sentencekv_cpu_estimate_unselected
+        self._estimate.argtypes = [
+            *[ctypes.c_void_p] * 4,
+            ctypes.c_int64,
+            *[ctypes.c_void_p] * 3,
+            ctypes.c_float,
+            *[ctypes.c_void_p] * 2,
+        ]
         self._index_pages = library.sentencekv_cpu_index_pages
         self._index_pages.argtypes = [
             *[ctypes.c_void_p] * 4,
@@ -73,6 +82,7 @@ class CpuOps:
         self._outputs = _PerObject(args.bind_outputs)
         self._rotation = _PerObject(self._bind_rotation)
         self._channels_first = _PerObject(_channels_first)
+        self._tokens_first = _PerObject(lambda layout: layout.keys.to(torch.int32))
         self._attention: tuple[object, ...] = (None, None, None, None)
         self._selected = args.make_selected(0, 0)
 
@@ -180,6 +190,34 @@ class CpuOps:
         if status:
             raise RuntimeError(FAILURES[status])
 
+    def estimate_unselected(
+        self,
+        geometry: Geometry,
+        pools: LayerPools,
+        batch: SparseBatch,
+        estimates: Tensor,
+        query: Tensor,
+        attended: Attended,
+        output: Tensor,
+    ) -> None:
+        p, b, tables = self._pools(pools), self._batch(batch), attended.head_tables
+        shape = (b.requests, p.heads * geometry.group_size, p.head_dim)
+        key_offset = self._tokens_first(attended.layout)
+        assert pools.spreads is not None, "index_vectors is 2"
+        self._estimate(
+            ctypes.byref(p),
+            ctypes.byref(b),
+            ctypes.byref(args.bind_attention(geometry, query.dtype)),
+            args.check("head_tables", tables, torch.int32, (b.requests, p.heads, -1)),
+            tables.shape[2],
+            args.check("seq_lens", attended.seq_lens, torch.int32, (b.requests,)),
+            args.check("estimates", estimates, torch.bool, (b.requests,)),
+            args.check("keys", key_offset, torch.int32, (p.block_size, p.head_dim)),
+            attended.softcap,
+            args.check("query", query, query.dtype, shape),
+            args.check("output", output, query.dtype, shape),
+        )
+
     def _selected_fits(self, pools: args.Pools, batch: args.Batch) -> bool:
         pairs, max_blocks = self._selected.pairs, self._selected.max_blocks
         return bool(batch.requests * pools.heads <= pairs and batch.working_set == max_blocks)
@@ -195,18 +233,8 @@ class CpuOps:
     def _bind_attention(
         self, geometry: Geometry, rotation: Tensor, dtype: torch.dtype
     ) -> tuple[object, ...]:
-        if geometry.group_size > args.MAX_GROUP_SIZE or dtype not in args.DTYPES:
-            raise ValueError(
-                f"queries must be bf16, fp16 or fp32 with at most {args.MAX_GROUP_SIZE} heads a "
-                f"KV head: they are {dtype} with {geometry.group_size}"
-            )
-        bound = args.Attention(
-            rotation=self._rotation(rotation, geometry.head_dim, geometry.index_dim),
-            query_dtype=args.DTYPES[dtype],
-            group_size=geometry.group_size,
-            rows_per_page=geometry.rows_per_page,
-            scale=geometry.scale,
-        )
+        bound = args.bind_attention(geometry, dtype)
+        bound.rotation = self._rotation(rotation, geometry.head_dim, geometry.index_dim)
         self._attention = (geometry, rotation, dtype, ctypes.byref(bound))
         return self._attention
 

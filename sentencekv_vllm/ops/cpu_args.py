@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..types import LayerPools, SparseBatch
+from ..types import Geometry, LayerPools, SparseBatch
 from .layer_ops import DecodeOutputs
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -179,6 +179,25 @@ def make_selected(pairs: int, max_blocks: int) -> Selected:
     selected = Selected(blocks.data_ptr(), coverage.data_ptr(), max_blocks)
     selected.pairs, selected.tensors = pairs, (blocks, coverage)
     return selected
+
+
+def bind_attention(geometry: Geometry, dtype: torch.dtype) -> Attention:
+    """With no rotation yet, for queries of `dtype`.
+
+    Raises:
+        ValueError: the C++ code has no such queries.
+    """
+    if geometry.group_size > MAX_GROUP_SIZE or dtype not in DTYPES:
+        raise ValueError(
+            f"queries must be bf16, fp16 or fp32 with at most {MAX_GROUP_SIZE} heads a "
+            f"KV head: they are {dtype} with {geometry.group_size}"
+        )
+    return Attention(
+        query_dtype=DTYPES[dtype],
+        group_size=geometry.group_size,
+        rows_per_page=geometry.rows_per_page,
+        scale=geometry.scale,
+    )
 
 
 def bind_outputs(out: DecodeOutputs) -> Outputs:

@@ -23,7 +23,8 @@ def index_sentences(
     What `centroids` and, where the kind has two vectors, `spreads` hold, channel by channel:
       BOUNDS: smallest and largest key (Quest, arXiv 2406.10774);
       MEAN_STD: mean and variance of the keys;
-      others: the mean key (SentenceKV, arXiv 2504.00970, Eq. 1).
+      others: the mean key (SentenceKV, arXiv 2504.00970, Eq. 1). `spreads` is left alone: it may
+        have mean values (`ops.mean_values`).
 
     Args:
         pools: `centroids`, `spreads` and `kept` are written; keys are read from `cache`, where

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..types import Geometry, IndexKind, LayerPools, Selection, SparseBatch
+from .estimate_unselected import Attended, estimate_unselected
 from .index_pages import index_pages
 from .index_sentences import index_sentences
 from .resolve_residency import resolve_residency
@@ -90,6 +91,18 @@ class LayerOps(Protocol):
             batch: that of the last `decode_layer`.
         """
 
+    def estimate_unselected(
+        self,
+        geometry: Geometry,
+        pools: LayerPools,
+        batch: SparseBatch,
+        estimates: Tensor,
+        query: Tensor,
+        attended: Attended,
+        output: Tensor,
+    ) -> None:
+        """See `ops.estimate_unselected.estimate_unselected`; `step` is that of the batch."""
+
 
 class ReferenceOps:
     """Stage after stage in plain PyTorch: the definition, and the fallback."""
@@ -128,6 +141,18 @@ class ReferenceOps:
         assert self._selection is not None, "a layer before this one ranks"
         clock = [time.perf_counter_ns()] * 3
         self._attendable(pools, batch, self._selection, out, clock)
+
+    def estimate_unselected(
+        self,
+        geometry: Geometry,
+        pools: LayerPools,
+        batch: SparseBatch,
+        estimates: Tensor,
+        query: Tensor,
+        attended: Attended,
+        output: Tensor,
+    ) -> None:
+        estimate_unselected(geometry, pools, batch, batch.step, estimates, query, attended, output)
 
     @staticmethod
     def _attendable(

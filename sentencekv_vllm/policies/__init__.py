@@ -8,6 +8,7 @@ from .mean_std import MEAN_STD
 from .pyramid_kv import PYRAMID_KV
 from .quest import QUEST
 from .random import RANDOM
+from .retro_infer import RETRO_INFER
 from .sentence_kv import SENTENCE_KV
 from .sentence_kv_paper import SENTENCE_KV_PAPER
 from .sentence_kv_pool import SENTENCE_KV_POOL
@@ -24,6 +25,7 @@ POLICIES: dict[str, SelectionPolicy] = {
     "pyramidkv": PYRAMID_KV,
     "windowkv": WINDOW_KV,
     "clusterkv": CLUSTER_KV,
+    "retroinfer": RETRO_INFER,
     "quest": QUEST,
     "mean-std": MEAN_STD,
     "think": THINK,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..types import IndexKind, QueryKind, Reduce, Settlement
+from ..types import Fate, IndexKind, QueryKind, Reduce, Settlement
 
 Grouping = Literal["sentences", "blocks"]
 
@@ -33,6 +33,8 @@ class SelectionPolicy:
         keeps_all: the whole history is attended to, whatever the budget.
         layer_weights: parts of the budget that tiers of consecutive layers have, of mean 1; ():
             all have the same. See `layer_budgets`.
+        estimate: history tokens left out contribute through the mean key and the mean value of
+            their groups, see `ops.estimate_unselected`.
     """
 
     name: str
@@ -47,3 +49,20 @@ class SelectionPolicy:
     settlement: Settlement | None = None
     opening: float = 0.0
     layer_weights: tuple[float, ...] = ()
+    estimate: bool = False
+
+    @property
+    def vectors(self) -> int:
+        """Vectors that a group's row must hold."""
+        return 2 if self.estimate else 1 if self.index is None else self.index.vectors
+
+    @property
+    def estimate_conflict(self) -> str | None:
+        """Why `estimate` does not go with the rest; None: it does, or is off."""
+        if self.estimate and self.index is not None and self.index.vectors > 1:
+            return (
+                f"index {self.index.name.lower()!r} keeps something else where mean values would be"
+            )
+        if self.estimate and self.settlement and self.settlement.fate is not Fate.CLUSTER:
+            return f"policy {self.name!r} summarises elected tokens only"
+        return None

@@ -67,6 +67,9 @@ class Impl(SplitImpl, CPUAttentionBackendImpl):
         query = query.index_select(0, call.plan.tokens)
         tables = call.runtime.rank(call.plan, layer, query)
         self._attend(query, kv_cache, tables, call)
+        call.runtime.estimate(
+            call.plan, layer, query, tables, call.output, softcap=self.logits_soft_cap or 0.0
+        )
         output.index_copy_(0, call.plan.tokens, call.output)
 
     def _attend(self, query: Tensor, kv_cache: Tensor, tables: Tensor, call: CpuSparseCall) -> None:

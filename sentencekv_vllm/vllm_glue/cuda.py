@@ -114,6 +114,7 @@ def run_layer(
     def work() -> None:
         tables = runtime.rank(plan, layer, call.query)
         attend_sparse(call.query, kv_cache, tables, call, scale)
+        runtime.estimate(plan, layer, call.query, tables, call.output, call.lse)
 
     plan.graphs.run((layer, *plan.variant), work)
     count = len(plan.rows)

@@ -145,6 +145,7 @@ class SchedulerSide:
                 math.ceil(policy.opening * wanted.budget_blocks), self.resolved.working_set_blocks
             ),
             layer_blocks=wanted.layer_blocks,
+            estimates=policy.estimate,
         )
         return Reason.SHORT_CONTEXT, options, policy.keeps_all
 

@@ -74,6 +74,7 @@ class DevicePlanner:
             "running": query_kind == QueryKind.RUNNING_MEAN,
             "previous": query_kind == QueryKind.PREVIOUS,
             "restarts": rows.restarts,
+            "estimates": options["estimates"],
         }
         buffers = self._buffers_of(
             facts.layers.start,
@@ -109,6 +110,7 @@ class DevicePlanner:
             previous=inputs["previous"] if columns["previous"].any() else None,
             restarts=inputs["restarts"],
             ahead=ranks_ahead(columns["previous"], rows, unranked),
+            estimates=inputs["estimates"] if columns["estimates"].any() else None,
             graphs=buffers.graphs,
         )
 

@@ -46,13 +46,14 @@ class StepPlan:
         Tensor  # [S] bool: the query of this step is the first of the mean, or has none before
     )
     ahead: bool  # all rows rank by queries that are there before the step
+    estimates: Tensor | None  # [S] bool: what is left out is estimated; None: nobody's is
     graphs: Graphs  # of work on these tensors
 
     @property
     def variant(self) -> tuple[bool, ...]:
         """What of a layer's work depends on the plan beyond its tensors: part of a graph's key."""
-        kinds = self.running is None, self.previous is None, self.ahead
-        return bool(self.unranked.all()), *kinds
+        absent = (x is None for x in (self.running, self.previous, self.estimates))
+        return bool(self.unranked.all()), self.ahead, *absent
 
 
 def table_width(rows: SparseRows, budget: Int32s, block_size: int) -> int:

@@ -79,11 +79,13 @@ class HostPlanner:
         running = query_kind == QueryKind.RUNNING_MEAN
         previous = query_kind == QueryKind.PREVIOUS
         unranked = options["unranked"][rows.slots].astype(bool)
+        estimates = options["estimates"][rows.slots].astype(bool)
         arrays = [facts.found, facts.tokens, rows.slots.astype(np.int64), rows.seq_lens]
         arrays += [running, previous, rows.restarts, rows.history_hi, facts.attended]
         index, tokens, slots, seq_lens, is_running, is_previous, restarts, history_hi, columns = (
             upload(arrays, self._device)
         )
+        is_estimating = upload([estimates], self._device)[0] if estimates.any() else None
         tables, lengths = head_tables(
             facts.block_table.index_select(0, index),
             batch.private_blocks,
@@ -114,5 +116,6 @@ class HostPlanner:
             previous=is_previous if previous.any() else None,
             restarts=restarts,
             ahead=ranks_ahead(previous, rows, unranked),
+            estimates=is_estimating,
             graphs=Graphs(None),
         )

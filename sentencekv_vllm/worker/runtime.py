@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ..messages import Int32s, ObservedRows, RequestUpdate, SparseRows, StepMessage, StepReport
+from ..ops.estimate_unselected import Attended
 from ..ops.layer_ops import DecodeOutputs, LayerOps
 from ..ops.load import Sizes
+from ..ops.mean_values import GroupTokens, write_mean_values
 from ..ops.rotation import rotation
 from ..ops.token_layout import TokenLayout
 from ..types import Geometry
@@ -171,11 +173,14 @@ class Runtime:
         arrays = [blocks, pages]
         for s in sentences:
             arrays += [s.rows, s.spans, s.span_blocks]
+        estimated = [i for i, s in enumerate(sentences) if s.estimates]
+        tokens = [a for i in estimated for a in sentences[i].tokens(self.geometry.block_size)]
         with self._copies.writing():
             for update in message.updates:
                 if update.private_blocks:
                     self.pools.empty_slots(update.private_blocks)
             block_ids, page_ids, *spans = upload(arrays, self.device)
+            places = upload(tokens, self.device) if tokens else []
             for pools in self.pools.layers:
                 if len(blocks):
                     self.ops.index_pages(
@@ -186,6 +191,9 @@ class Runtime:
                     self.ops.index_sentences(
                         pools, rows, ranges, span_blocks, self._key_offset, s.kind
                     )
+                for j, i in enumerate(estimated):
+                    groups = GroupTokens(*places[3 * j : 3 * j + 3])
+                    write_mean_values(pools, spans[3 * i], groups, self._layout)
             settled = [u for u in message.updates if u.settled is not None]
             if settled:
                 settling = Settling(
@@ -319,6 +327,37 @@ class Runtime:
             self.ops.reuse_selection(pools, plan.batch, out)
         else:
             self.ops.decode_layer(self.geometry, pools, plan.batch, query, self.rotation, out)
+
+    def estimate(
+        self,
+        plan: StepPlan,
+        layer: int,
+        query: Tensor,
+        tables: Tensor,
+        output: Tensor,
+        lse: Tensor | None = None,
+        softcap: float = 0.0,
+    ) -> None:
+        """After the layer's attention: add the estimate of what it left out, where wanted.
+
+        Args:
+            query: [S, Hq, D] contiguous, the current queries.
+            tables: [S, H, W] int32, from `rank`.
+            output: [S, Hq, D], what attention has written; changed in place.
+            lse: [S, Hq] float32 of that attention; None: it is worked out anew.
+            softcap: of the logits; 0: none.
+        """
+        if plan.estimates is not None:
+            attended = Attended(tables, plan.seq_lens, self._layout, lse, softcap)
+            self.ops.estimate_unselected(
+                self.geometry,
+                self.pools.layers[layer],
+                plan.batch,
+                plan.estimates,
+                query,
+                attended,
+                output,
+            )
 
     def _ranking_query(self, plan: StepPlan, layer: int, query: Tensor) -> Tensor:
         ranking = query

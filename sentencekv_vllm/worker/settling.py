@@ -12,6 +12,7 @@ from torch import Tensor
 from ..messages import RequestUpdate, SettledPrompt
 from ..ops.cluster_keys import cluster_order
 from ..ops.layer_ops import LayerOps
+from ..ops.mean_values import GroupTokens, write_mean_values
 from ..ops.token_layout import TokenLayout, read_tokens, write_tokens
 from ..ops.votes import count_votes, elect_tokens, retained_means
 from ..types import Fate, Geometry, LayerPools
@@ -30,6 +31,7 @@ class Case:
     pages: Tensor  # [p] int32, of its first blocks
     rows: Tensor  # [s] int64, of its indexed sentences
     ends: Tensor  # [s] int64, of these sentences
+    estimates: bool  # what is left out is estimated
     elected: Tensor | None = None  # [H, K] int64 tokens, by the layer group's first layer
 
     def leads(self, layer: int) -> bool:
@@ -74,6 +76,7 @@ class Settling:
                 on_device(tables.pages.of(update.slot).tolist(), torch.int32),
                 on_device(rows.tolist()),
                 on_device(ends.tolist()),
+                bool(tables.options["estimates"][update.slot]),
             )
         )
 
@@ -147,6 +150,10 @@ class Settling:
         spans = torch.tensor([0, n], dtype=torch.int32, device=content.device).repeat(hi - lo, 1)
         rows = case.rows[lo:hi].to(torch.int32)
         self._ops.index_sentences(source, rows, spans, block_ids[:, None], key_offset)
+        if case.estimates:
+            places = torch.arange(n, device=content.device).repeat(hi - lo)
+            groups = GroupTokens(blocks.repeat_interleave(n), places, torch.full_like(blocks, n))
+            write_mean_values(source, rows, groups, self._layout)
 
     def _keys(self, case: Case, head: int, first: int, last: int, pools: LayerPools) -> Tensor:
         """[last - first, D]: a KV head's keys of some of the prompt's tokens."""

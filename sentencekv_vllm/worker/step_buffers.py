@@ -33,6 +33,7 @@ INPUTS = {  # what the host tells in every step, [S] each, in one copy
     "running": torch.bool,
     "previous": torch.bool,
     "restarts": torch.bool,
+    "estimates": torch.bool,
 }
 
 

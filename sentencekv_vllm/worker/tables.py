@@ -24,6 +24,7 @@ OPTION_COLUMNS = (
     "byte_rows",
     "unranked",
     "opening_blocks",
+    "estimates",
 )
 
 
@@ -35,6 +36,16 @@ class NewSentences:
     spans: Int32s  # [n, 2]
     span_blocks: Int32s  # [n, C]
     kind: IndexKind
+    estimates: bool  # their mean values are kept, too
+
+    def tokens(self, block_size: int) -> list[npt.NDArray[np.int64]]:
+        """`GroupTokens` of these sentences: blocks, places and lengths."""
+        firsts, lengths = self.spans.astype(np.int64).T
+        sentence = np.repeat(np.arange(len(lengths)), lengths)
+        before = np.cumsum(lengths) - lengths
+        token = np.arange(lengths.sum()) + np.repeat(firsts - before, lengths)
+        blocks = self.span_blocks[sentence, token // block_size].astype(np.int64)
+        return [blocks, token % block_size, lengths]
 
 
 def rounded_up(columns: int) -> int:
@@ -154,6 +165,7 @@ class Tables:
             spans.astype(np.int32),
             span_blocks.astype(np.int32),
             IndexKind(self.options["index_kind"][slot]),
+            bool(self.options["estimates"][slot]),
         )
 
     def batch(self, rows: SparseRows, step: int, attended: Int32s) -> SparseBatch:

@@ -22,6 +22,7 @@ MODULES = {
     "random": "random",
     "sentencekv-pool": "sentence_kv_pool",
     "clusterkv": "cluster_kv",
+    "retroinfer": "retro_infer",
     "snapkv": "snap_kv",
     "pyramidkv": "pyramid_kv",
     "windowkv": "window_kv",
@@ -69,7 +70,7 @@ def test_quest_ranks_blocks_by_their_bounds_and_everything_else_ranks_sentences(
         0.0,
     )
     ranks_blocks = {p.name for p in POLICIES.values() if p.index and p.grouping == "blocks"}
-    assert ranks_blocks == {"quest", "clusterkv"}
+    assert ranks_blocks == {"quest", "clusterkv", "retroinfer"}
 
 
 def test_mean_std_ranks_sentences_by_two_vectors():
@@ -80,6 +81,13 @@ def test_mean_std_ranks_sentences_by_two_vectors():
         Reduce.SOFTMAX_MEAN,
         0.0,
     )
+
+
+def test_retroinfer_is_clusterkv_with_the_rest_estimated():
+    policy = POLICIES["retroinfer"]
+    assert replace(policy, name="clusterkv", estimate=False) == POLICIES["clusterkv"]
+    assert [p.name for p in POLICIES.values() if p.estimate] == ["retroinfer"]
+    assert policy.vectors == 2
 
 
 def test_think_is_the_default_with_a_part_of_the_channels():
