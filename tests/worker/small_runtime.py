@@ -40,7 +40,7 @@ def make_runtime(
     caches = [torch.randn(BLOCKS, HEADS, N, 2 * D, generator=generator) for _ in range(2)]
     keys = torch.arange(N * D).view(N, D)  # the first half of a head-block
     return Runtime(
-        replace(GEOMETRY, host_format=host_format),
+        replace(GEOMETRY, host_format=host_format, vectors_per_row=2),
         caches,
         TokenLayout(keys, keys + N * D),
         num_pages=50,

@@ -26,7 +26,7 @@ from .fake_graph import FakeGraph
 N, D, HEADS, GROUP, LAYERS, SLOTS, WORKING_SET = 8, 16, 2, 2, 2, 5, 4
 BLOCKS, PAGES, CONTEXT = 120, 120, 40  # of the cache, of the swap pool, of the longest request
 CPU = torch.device("cpu")
-GEOMETRY = Geometry(LAYERS, HEADS, GROUP, D, N, rows_per_page=2, scale=D**-0.5)
+GEOMETRY = Geometry(LAYERS, HEADS, GROUP, D, N, rows_per_page=2, scale=D**-0.5, vectors_per_row=2)
 
 
 class SteppedReference(ReferenceOps):
@@ -41,6 +41,9 @@ class SteppedReference(ReferenceOps):
 
     def reuse_selection(self, pools, batch, out):
         super().reuse_selection(pools, replace(batch, step=self.step), out)
+
+    def estimate_unselected(self, geometry, pools, batch, *rest):
+        super().estimate_unselected(geometry, pools, replace(batch, step=self.step), *rest)
 
 
 def make_runtime(
@@ -92,6 +95,7 @@ class Request:
             seed=kinds[2],
             byte_rows=1 + kinds[2] % 2,
             settlement=Settlement(Fate.COMPACT) if kinds[1] % 5 == 0 else None,
+            estimates=kinds[1] % 5 != 0 and kinds[2] % 2 == 0,
         )
 
     def update(self):
@@ -128,7 +132,7 @@ def life(runtime, steps=14, seed=1, query_kind=None, attended=lambda *_: None):
         attended: told of plan, layer and tables whenever a layer attends.
     """
     generator = torch.Generator().manual_seed(seed)
-    running, outputs, addresses, dropped = {}, [], {}, []
+    running, outputs, addresses, dropped, estimated = {}, [], {}, [], 0
     for step in range(1, steps + 1):
         slot = int(torch.randint(0, SLOTS, (1,), generator=generator))
         if slot not in running:
@@ -187,14 +191,17 @@ def life(runtime, steps=14, seed=1, query_kind=None, attended=lambda *_: None):
                 key, value = cache.chunk(2, dim=2)
                 result = sparse_decode(query, key, value, tables, plan.seq_lens, GEOMETRY.scale)
                 output.copy_(result[0])
+                runtime.estimate(plan, layer, query, output, result[1])
 
             runtime.await_layer(plan, layer)
             plan.graphs.run((layer, *plan.variant), work)
+            estimated += plan.estimates is not None
             outputs.append(output[: len(plan.rows)].clone())
         report = runtime.take_report()
         outputs.append(torch.from_numpy(np.stack((report.hits, report.misses))))
         assert report.slots.tolist() == order
         runtime.end_step()
+    assert estimated or steps < 14, "some rows estimate"
     pools = runtime.pools
     state = {name: getattr(pools, name).clone() for name in ("kept", "page_slot", "slot_page",
                                                              "slot_stamp")}  # fmt: skip

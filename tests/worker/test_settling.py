@@ -146,7 +146,7 @@ def test_a_sentence_that_retained_nothing_is_barred_and_the_others_are_means_of_
             assert 0 < barred < len(sentence_rows)
 
 
-def test_clustered_pages_hold_the_same_tokens_and_the_mean_keys_of_what_they_hold():
+def test_clustered_pages_hold_the_same_tokens_and_the_means_of_what_they_hold():
     """With room for the whole history the output is that of dense attention in any order."""
     clustering = Settlement(Fate.CLUSTER, window=0, cluster_tokens=10)
     everything = HI - LO
@@ -155,7 +155,11 @@ def test_clustered_pages_hold_the_same_tokens_and_the_mean_keys_of_what_they_hol
     ends = np.arange(N, 10 * N + 1, N, dtype=np.int32)
     prompt = SettledPrompt(clustering, blocks, PROMPT, LO, HI, everything)
     chosen = options(
-        settlement=clustering, budget_blocks=everything, index_kind=1, block_groups=True
+        settlement=clustering,
+        budget_blocks=everything,
+        index_kind=1,
+        block_groups=True,
+        estimates=True,
     )
     private = [*range(40, 40 + everything)]
     update = RequestUpdate(0, chosen, blocks, pages, pages, ends, private, prompt)
@@ -177,6 +181,8 @@ def test_clustered_pages_hold_the_same_tokens_and_the_mean_keys_of_what_they_hol
             table = runtime.tables.indexed_sentences(0)[0][LO:HI].tolist()
             means = page_keys.view(everything, N, D).mean(1).bfloat16()
             torch.testing.assert_close(pools.centroids[table, h], means)
+            means = page_values.view(everything, N, D).mean(1).bfloat16()
+            torch.testing.assert_close(pools.spreads[table, h], means)
     assert moved > 0
     (plan,) = runtime.plan(
         block_table=torch.tensor([blocks], dtype=torch.int32),
