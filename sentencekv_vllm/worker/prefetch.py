@@ -18,7 +18,8 @@ Five rules order it with the compute stream:
    later step begins before the compute stream has passed all events (rule 3). So ranking ahead
    and ranking inline may take turns.
 3. A layer's attention, and the write of its query, come after the layer's event: its blocks are
-   there, its tables written, its former query read. The last event comes after all others, so a
+   there, its tables written, its former query read; what estimates afterwards reads stamps and
+   page table of that layer, which nobody writes then. The last event comes after all others, so a
    forward that has run has waited for all of the side stream: totals are read back, blocks of
    requests that end are given away and page contents replaced (rule 1 of `copy_stream`) after it.
 4. A layer's tables are its own: the next layer is ranked while this one attends.

@@ -34,15 +34,15 @@ def largest_errors(options: dict[str, str]) -> dict[str, float]:
     def note(name: str, a: torch.Tensor, b: torch.Tensor) -> None:
         found[name] = max(found[name], float((a.float() - b.float()).abs().max()))
 
-    def checked(plan, layer, query, output, lse=None, softcap=0.0):
+    def checked(plan, layer, query, tables, output, lse=None, softcap=0.0):
         before = output.clone()
-        estimate(plan, layer, query, output, lse, softcap)
+        estimate(plan, layer, query, tables, output, lse, softcap)
         note("change", output, before)
         if plan.estimates is None:
             return
         found["calls"] += 1
         pools, batch = runtime.pools.layers[layer], plan.batch
-        attended = Attended(plan.out.head_tables, plan.seq_lens, layout, None)
+        attended = Attended(tables, plan.seq_lens, layout, None)
         expected = before.clone()
         ReferenceOps().estimate_unselected(
             g, pools, batch, plan.estimates, query, attended, expected
@@ -50,7 +50,7 @@ def largest_errors(options: dict[str, str]) -> dict[str, float]:
         note("merged", output, expected)
         # What the reference takes for the attended tokens is what vLLM's op attended to.
         length = int(plan.seq_lens[0])
-        blocks = plan.out.head_tables[0, :, : -(-length // BLOCK)].long() // g.num_kv_heads
+        blocks = tables[0, :, : -(-length // BLOCK)].long() // g.num_kv_heads
         heads = torch.arange(g.num_kv_heads)[:, None]
         tokens = pools.cache.flatten(2)[blocks, heads][..., layout.tokens].flatten(1, 2)
         keys, values = tokens[:, :length].float().chunk(2, -1)

@@ -191,7 +191,7 @@ def life(runtime, steps=14, seed=1, query_kind=None, attended=lambda *_: None):
                 key, value = cache.chunk(2, dim=2)
                 result = sparse_decode(query, key, value, tables, plan.seq_lens, GEOMETRY.scale)
                 output.copy_(result[0])
-                runtime.estimate(plan, layer, query, output, result[1])
+                runtime.estimate(plan, layer, query, tables, output, result[1])
 
             runtime.await_layer(plan, layer)
             plan.graphs.run((layer, *plan.variant), work)
