@@ -320,7 +320,8 @@ def test_ranking_ahead_equals_ranking_in_the_layers(monkeypatch):
     for name in ("page_slot", "slot_page", "slot_stamp", "kept"):
         one, other = (getattr(worker.runtime.pools, name) for worker in workers)
         assert torch.equal(one, other), name
-    (tensors,) = workers[1].runtime._planner._buffers.values()
+    (sizes,) = workers[1].runtime._planner._buffers.values()
+    (tensors,) = sizes.values()
     graphs = tensors.graphs.once("layer tables", lambda: None).graphs._graphs
     assert sum(graph is not None for graph in graphs.values()) == LAYERS
 
