@@ -304,7 +304,7 @@ def measure(
     num_layers: int,
     drifts: Sequence[float],
     steps: int,
-    reading: Reading,
+    reading: Reading = Reading(),  # noqa: B008  # frozen
 ) -> list[Result]:
     """Results of every index and drift."""
     torch.set_num_threads(1)
