@@ -45,7 +45,7 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-TOKEN_BYTES = 32 * 8 * 128 * 2 * 2  # K and V of one token in all layers of LLAMA_8B
+LAYER_TOKEN_BYTES = 8 * 128 * 2 * 2  # K and V of one token in a layer of LLAMA_8B
 ANSWERS = {
     "stock": None,
     "full": {"policy": "full", "stay_dense_when_covered": False, "working_set_tokens": 4096},
@@ -65,6 +65,9 @@ def arguments() -> argparse.Namespace:
     add("--budget", type=int, default=1024, help="tokens attended to in `speed`")
     add("--output-tokens", type=int, default=128, help="of each request in `speed`")
     add("--items", type=int, default=8, help="questions of `answers`")
+    add("--layers", type=int, default=LLAMA_8B["num_hidden_layers"], help="of `speed`'s model")
+    add("--kv-gib", type=float, help="GPU memory for KV in `speed`, the same for both backends")
+    add("--gpu-memory-utilization", type=float, default=0.85)
     add("--eager", action="store_true", help="no torch.compile and no graphs")
     add("--json", type=Path, default=Path("results/gpu_engine.json"))
     add("--child", help=argparse.SUPPRESS)  # part:backend, in the engine's own process
@@ -92,7 +95,7 @@ def answers(backend: str, options: argparse.Namespace) -> dict[str, Any]:
         settings = {**common, "host_pool_gib": 0.5, "segmenter": "punctuation", **settings}
     llm = make_llm(
         TINY_RECALL, settings, options.eager, max_model_len=4096, max_num_seqs=8,
-        kv_cache_memory_bytes=1 << 30,
+        kv_cache_memory_bytes=1 << 30, gpu_memory_utilization=options.gpu_memory_utilization,
     )  # fmt: skip
     tokenizer = llm.get_tokenizer()
 
@@ -119,8 +122,12 @@ def speed(backend: str, options: argparse.Namespace) -> dict[str, Any]:
     """TTFT and TPOT at every context length, after a request that warms up."""
     settings = None
     longest = max(options.contexts) + options.output_tokens
+    model = LLAMA_8B | {"num_hidden_layers": options.layers}
+    room: dict[str, Any] = {"gpu_memory_utilization": options.gpu_memory_utilization}
+    if options.kv_gib is not None:
+        room["kv_cache_memory_bytes"] = int(options.kv_gib * 2**30)
     if backend == "sentencekv":
-        pool = 1.2 * options.requests * longest * TOKEN_BYTES / 2**30
+        pool = 1.1 * options.requests * longest * LAYER_TOKEN_BYTES * options.layers / 2**30
         settings = {
             "token_budget": options.budget,
             "min_context_tokens": 4096,
@@ -128,11 +135,11 @@ def speed(backend: str, options: argparse.Namespace) -> dict[str, Any]:
             "segmenter": "fixed",
         }
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(LLAMA_8B))
+        Path(folder, "config.json").write_text(json.dumps(model))
         llm = make_llm(
             Path(folder), settings, options.eager, load_format="dummy", skip_tokenizer_init=True,
             max_model_len=longest + 64, max_num_seqs=max(8, options.requests),
-            gpu_memory_utilization=0.85, enable_prefix_caching=False,
+            enable_prefix_caching=False, **room,
         )  # fmt: skip
     rows = [timed(llm, context, options) for context in [min(options.contexts), *options.contexts]]
     return {"rows": rows[1:], "peak_gpu_bytes": torch.cuda.max_memory_allocated()}

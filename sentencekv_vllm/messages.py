@@ -100,6 +100,18 @@ class SparseRows:
     restarts: npt.NDArray[np.bool_]  # [S] ranks by its own query: what came before is forgotten
     request_ids: list[str] = field(default_factory=list)
 
+    def take(self, order: npt.NDArray[np.int64]) -> SparseRows:
+        """The rows in another order, [S] each at most once."""
+        return SparseRows(
+            self.slots[order],
+            self.tail_blocks[order],
+            self.history_lo[order],
+            self.history_hi[order],
+            self.seq_lens[order],
+            self.restarts[order],
+            [self.request_ids[i] for i in order] if self.request_ids else [],
+        )
+
 
 @dataclass(frozen=True)
 class ObservedRows:

@@ -59,6 +59,7 @@ class SentenceKVConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self.runtime: Runtime | None = None
+        self.attn_metadata: dict[str, Any] | None = None  # of the step, by layer
         self._scheduler: SchedulerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(vllm_config, kv_cache_config)
@@ -121,6 +122,7 @@ class SentenceKVConnector(KVConnectorBase_V1, SupportsHMA):
         request_ids = kwargs.get("request_ids")  # in batch order; the V1 runner tells nothing
         if self.runtime is not None and request_ids is not None:
             self.runtime.set_batch_order(request_ids)
+        self.attn_metadata = kwargs.get("attn_metadata")  # where the V2 runner replays a full graph
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return None

@@ -37,7 +37,7 @@ class CpuSparseCall(SparseCall):
 
 
 class MetadataBuilder(SplitBuilder, CPUAttentionMetadataBuilder):
-    def sparse_call(self, runtime: Runtime, plan: StepPlan) -> CpuSparseCall:
+    def sparse_call(self, runtime: Runtime, plan: StepPlan, whole_batch: bool) -> CpuSparseCall:
         geometry = runtime.geometry
         count, heads = len(plan.rows), geometry.num_kv_heads
         seq_lens = plan.seq_lens.repeat_interleave(heads)
@@ -57,7 +57,8 @@ class MetadataBuilder(SplitBuilder, CPUAttentionMetadataBuilder):
             kv_cache_dtype=self.kv_cache_dtype,
         )
         output = torch.empty(count, geometry.num_query_heads, geometry.head_dim, dtype=self.dtype)
-        return CpuSparseCall(runtime, plan, output, query_start_loc, seq_lens, scheduler_metadata)
+        attention = (query_start_loc, seq_lens, scheduler_metadata)
+        return CpuSparseCall(runtime, plan, whole_batch, output, *attention)
 
 
 class Impl(SplitImpl, CPUAttentionBackendImpl):

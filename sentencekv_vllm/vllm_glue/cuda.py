@@ -63,7 +63,7 @@ class CudaSparseCall(SparseCall):
     lse: Tensor  # [>= S, Hq] float32
 
 
-def sparse_call(runtime: Runtime, plan: StepPlan) -> CudaSparseCall:
+def sparse_call(runtime: Runtime, plan: StepPlan, whole_batch: bool) -> CudaSparseCall:
     """The plan with its buffers, which are made once for all steps on the same tensors."""
     geometry, cache = runtime.geometry, runtime.pools.layers[0].cache
     rows, _, width = plan.out.head_tables.shape
@@ -77,7 +77,7 @@ def sparse_call(runtime: Runtime, plan: StepPlan) -> CudaSparseCall:
         return output, torch.empty_like(output), scratch, lse
 
     output, query, scratch, lse = plan.graphs.once("attention", buffers)
-    return CudaSparseCall(runtime, plan, output, query, scratch, lse)
+    return CudaSparseCall(runtime, plan, whole_batch, output, query, scratch, lse)
 
 
 def attend_sparse(
@@ -105,10 +105,15 @@ def run_layer(
     Args:
         query: [num_tokens, Hq, D] of the whole batch.
         kv_cache: [B, H, N, 2D] of the layer.
-        output: [num_tokens, Hq, D], written at the plan's tokens.
+        output: [num_tokens, Hq, D], written at the plan's tokens, and behind them where the plan
+            covers the batch: those are padding.
     """
     runtime, plan = call.runtime, call.plan
-    torch.index_select(query, 0, plan.tokens, out=call.query)
+    rows = min(len(query), len(call.query))  # both may be padded
+    if call.whole_batch:
+        call.query[:rows].copy_(query[:rows])
+    else:
+        torch.index_select(query, 0, plan.tokens, out=call.query)
     runtime.await_layer(plan, layer)
 
     def work() -> None:
@@ -117,13 +122,16 @@ def run_layer(
         runtime.estimate(plan, layer, call.query, tables, call.output, call.lse)
 
     plan.graphs.run((layer, *plan.variant), work)
-    count = len(plan.rows)
-    output.index_copy_(0, plan.tokens[:count], call.output[:count])
+    if call.whole_batch:
+        output[:rows].copy_(call.output[:rows])
+    else:
+        count = len(plan.rows)
+        output.index_copy_(0, plan.tokens[:count], call.output[:count])
 
 
 class MetadataBuilder(SplitBuilder, BASE.get_builder_cls()):  # type: ignore[misc]
-    def sparse_call(self, runtime: Runtime, plan: StepPlan) -> CudaSparseCall:
-        return sparse_call(runtime, plan)
+    def sparse_call(self, runtime: Runtime, plan: StepPlan, whole_batch: bool) -> CudaSparseCall:
+        return sparse_call(runtime, plan, whole_batch)
 
 
 class Impl(SplitImpl, BASE.get_impl_cls()):  # type: ignore[misc]
@@ -148,7 +156,7 @@ def prepare(runtime: Runtime) -> None:
     geometry, cache = runtime.geometry, runtime.pools.layers[0].cache
 
     def attend(plan: StepPlan, query: Tensor) -> None:
-        call = sparse_call(runtime, plan)
+        call = sparse_call(runtime, plan, whole_batch=True)
         run_layer(0, query, cache, call, torch.empty_like(query), geometry.scale)
 
     warm_up(runtime, attend)

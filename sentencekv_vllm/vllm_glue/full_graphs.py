@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps with sparse rows never replay a CUDA graph of the whole model.
+"""Steps with sparse rows never replay vLLM's CUDA graphs of the whole model.
 
 Such a graph holds stock attention alone. vLLM chooses the graph before the forward: the V2
 runner by the uniform number of tokens that `gather_batch_req_state` returns, the V1 runner
 in `CudagraphDispatcher.dispatch`. Both are wrapped, and a step with sparse rows is offered to
-the other graphs only (piecewise ones, or none). All ranks have the same message, so all choose
-alike; data-parallel ranks agree on the answer in the same way as on any other batch.
+the other graphs only (piecewise ones, or none), unless `step_graphs` has one for it. All ranks
+have the same message, so all choose alike; data-parallel ranks agree on the answer in the same
+way as on any other batch.
 
 Where vLLM 0.32 keeps them: v1/worker/gpu/model_runner.py (GPUModelRunner.gather_batch_req_state,
 execute_model), v1/cudagraph_dispatcher.py (CudagraphDispatcher.dispatch).
@@ -20,6 +21,7 @@ from typing import Any
 
 from vllm.config import CUDAGraphMode
 
+from . import step_graphs
 from .metadata import current_runtime
 
 V2_PARAMETERS = ("self", "scheduler_output", "dummy_run")
@@ -43,9 +45,12 @@ def install(vllm_config: Any) -> None:
             "batches of any kind: set FULL_AND_PIECEWISE, FULL_DECODE_ONLY or PIECEWISE"
         )
     if vllm_config.use_v2_model_runner:
+        from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager as Manager
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
         wrap(GPUModelRunner, "gather_batch_req_state", V2_PARAMETERS, gather_batch_req_state)
+        wrap(Manager, "capture", step_graphs.CAPTURE_PARAMETERS, step_graphs.capture)
+        wrap(Manager, "run_fullgraph", step_graphs.RUN_PARAMETERS, step_graphs.run_fullgraph)
     else:
         from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
@@ -88,7 +93,11 @@ def gather_batch_req_state(
     if runtime is None:
         return state, uniform_tokens
     runtime.apply(scheduler_output.kv_connector_metadata.message)
-    return state, None if runtime.acts_in_layers else uniform_tokens
+    if runtime.acts_in_layers and uniform_tokens is not None:
+        requests = len(scheduler_output.num_scheduled_tokens)
+        if not step_graphs.may_replay(runner.cudagraph_manager, runtime, requests):
+            uniform_tokens = None
+    return state, uniform_tokens
 
 
 def dispatch(

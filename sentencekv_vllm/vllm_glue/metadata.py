@@ -24,6 +24,7 @@ class SparseCall:
 
     runtime: Runtime
     plan: StepPlan
+    whole_batch: bool  # row i of the plan is token i of the batch, and there are no others
     output: Tensor  # [>= S, Hq, D]
 
 
@@ -95,21 +96,25 @@ class SplitBuilder:
         runtime = current_runtime()
         assert runtime is not None, "metadata of a split step outlived its worker"
         n = common.num_reqs
-        last_tokens = common.query_start_loc_cpu[1 : n + 1].long() - 1
+        starts = common.query_start_loc_cpu[: n + 1].long()
+        last_tokens = starts[1:] - 1
+        num_requests = int((starts[1:] > starts[:-1]).sum())  # the others pad a graph's size
         observed = runtime.observed(common.slot_mapping, last_tokens)
         plans = runtime.plan(common.block_table_tensor, common.slot_mapping, last_tokens)
         if not plans:
             return Split(self._dense(common_prefix_len, common), (), observed)
         dense, rows = None, plans[0].rows  # the same in all
-        if len(rows) < common.num_reqs:
+        whole_batch = len(rows) == num_requests
+        if not whole_batch:
             dense = self._dense(common_prefix_len, _without(common, rows))
-        return Split(dense, tuple(self.sparse_call(runtime, plan) for plan in plans), observed)
+        calls = (self.sparse_call(runtime, plan, whole_batch) for plan in plans)
+        return Split(dense, tuple(calls), observed)
 
     def _dense(self, common_prefix_len: int, common: CommonAttentionMetadata) -> Any:
         return super().build(common_prefix_len, common)  # type: ignore[misc]  # the stock builder
 
     @abstractmethod
-    def sparse_call(self, runtime: Runtime, plan: StepPlan) -> SparseCall:
+    def sparse_call(self, runtime: Runtime, plan: StepPlan, whole_batch: bool) -> SparseCall:
         """Prepare the attention op of the sparse rows, once a plan."""
 
 

@@ -26,7 +26,10 @@ class Graphs:
 
     The first time a piece of work comes it is done as it is: that compiles its kernels and
     allocates what it keeps. The second time it is recorded and replayed, later only replayed.
+    Work that comes while other work is being done, of whatever tensors, is part of that one.
     """
+
+    _working = False  # of the process: a worker's steps run on one thread
 
     def __init__(self, new_graph: Callable[[], Graph] | None) -> None:
         """Start without graphs.
@@ -46,14 +49,23 @@ class Graphs:
 
     def run(self, key: Hashable, work: Work) -> None:
         """Do `work`, which must be the same for a key but for the content of its tensors."""
+        if Graphs._working:
+            work()
+            return
         graph = self._graphs.get(key)
         if graph is None:
-            if self._new_graph is None or key not in self._graphs:
-                self._graphs[key] = None
-                work()
-                return
-            graph = self._new_graph()
-            graph.capture(work)
+            record = self._new_graph is not None and key in self._graphs
+            self._graphs[key] = None
+            Graphs._working = True
+            try:
+                if not record:
+                    work()
+                    return
+                assert self._new_graph is not None
+                graph = self._new_graph()
+                graph.capture(work)
+            finally:
+                Graphs._working = False
             self._graphs[key] = graph
         graph.replay()
 

@@ -19,13 +19,13 @@ from ..ops.load import Sizes
 from ..ops.mean_values import GroupTokens, write_mean_values
 from ..ops.rotation import rotation
 from ..ops.token_layout import TokenLayout
-from ..types import Geometry
+from ..types import Geometry, QueryKind
 from .copy_stream import CopyStream, copy_stream
 from .device_planner import DevicePlanner
 from .graphs import Graph
 from .observations import Observations, Observed
 from .plan import StepPlan
-from .planner import STAGES, HostPlanner, Planner, StepFacts, attended_blocks
+from .planner import STAGES, HostPlanner, Planner, StepFacts, attended_blocks, ranks_ahead
 from .pools import Pools
 from .prefetch import Prefetch
 from .query_mean import QueryMean
@@ -106,6 +106,7 @@ class Runtime:
         self.rotation = rotation(geometry.head_dim, geometry.index_dim).to(self.device)
         self._layer_share = layer_share
         self._prefetch = prefetch
+        self._records = new_graph is not None
         self._copies = copies or copy_stream(self.device)
         self._layout = layout
         self._key_offset = layout.keys.flatten().to(torch.int32)  # as `read_keys` takes it
@@ -148,6 +149,23 @@ class Runtime:
     def acts_in_layers(self) -> bool:
         """The step being run has rows to decode sparsely, or queries to keep."""
         return self._rows is not None or self._watched is not None
+
+    def is_recordable(self, num_requests: int) -> bool:
+        """The step being run can be one graph: every row of the batch is sparse, and no layer
+        waits for what another stream has queued.
+
+        Args:
+            num_requests: of the batch, each with one token.
+        """
+        rows = self._rows
+        if not self._records or rows is None or self._watched is not None:
+            return False
+        if len(rows.slots) < num_requests or (self._warm_start and rows.restarts.any()):
+            return False
+        options = self.tables.options
+        previous = options["query_kind"][rows.slots] == QueryKind.PREVIOUS
+        unranked = options["unranked"][rows.slots].astype(bool)
+        return self._prefetch is None or not ranks_ahead(previous, rows, unranked)
 
     def apply(self, message: StepMessage) -> None:
         """Perform a step's message; a second call with the same message does nothing."""
@@ -223,11 +241,13 @@ class Runtime:
 
         Returns:
             Plans for consecutive runs of layers, which they cover; none where no row is sparse.
+            Their rows are in the order of the batch.
         """
-        rows = self._rows
-        if rows is None:
+        if self._rows is None:
             return ()
-        found = self._find(rows, slot_mapping, last_tokens)
+        found = self._find(self._rows, slot_mapping, last_tokens)
+        order = np.argsort(found)
+        rows, found = self._rows.take(order), found[order]
         self._planned = self._step
         tokens = last_tokens.numpy()[found]
         self._plans = tuple(

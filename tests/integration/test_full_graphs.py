@@ -48,6 +48,8 @@ def runtime(monkeypatch):
 def installed(monkeypatch):
     """`install`, undone afterwards."""
     for owner, name in ((v2.GPUModelRunner, "gather_batch_req_state"),
+                        (ModelCudaGraphManager, "capture"),
+                        (ModelCudaGraphManager, "run_fullgraph"),
                         (CudagraphDispatcher, "dispatch")):  # fmt: skip
         monkeypatch.setattr(owner, name, getattr(owner, name))
     return lambda is_v2, mode=MODES[0]: full_graphs.install(config(mode, is_v2))
@@ -90,6 +92,7 @@ def v2_mode(manager, num_reqs, sparse, dummy_run=False):
         kv_connector_metadata=None if dummy_run else SimpleNamespace(message=Message(sparse)),
     )
     runner = object.__new__(v2.GPUModelRunner)
+    runner.cudagraph_manager = manager
     if dummy_run:
         _, uniform = runner.gather_batch_req_state(output, True)
     else:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from sentencekv_vllm.worker.graphs import Graphs
+
 
 class FakeGraph:
     """As a CUDA graph, it keeps the tensors of the step that was captured, not of the next."""
@@ -19,4 +21,6 @@ class FakeGraph:
 
     def replay(self):
         self.replays += 1
+        Graphs._working, before = True, Graphs._working  # a replay makes no graphs
         self.work()
+        Graphs._working = before

@@ -216,7 +216,9 @@ def test_replays_equal_the_eager_steps_of_any_life(layer_share):
         runtime = make_runtime(True, new_graph, layer_share)
         outputs, left, stays = life(runtime)
         assert stays, "tensors of a size never move"
-        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        for a, b in zip(outputs, expected, strict=True):
+            # Estimates are sums over padded groups, which round in another order.
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
         assert all(torch.equal(left[name], state[name]) for name in state)
         counted = runtime.take_counters()
         assert counted["sparse_steps"] == 14

@@ -35,6 +35,34 @@ def test_what_belongs_to_the_tensors_is_made_once():
     assert graphs.once("buffers", lambda: [2]) is first
 
 
+def test_work_inside_of_other_work_is_part_of_its_graph():
+    FakeGraph.made.clear()
+    outer, inner, done = Graphs(FakeGraph), Graphs(FakeGraph), []
+
+    def work():
+        inner.run("inner", lambda: done.append("inner"))
+
+    for _ in range(3):
+        outer.run("outer", work)
+    assert done == ["inner"] * 3 and len(FakeGraph.made) == 1
+    inner.run("inner", lambda: done.append("alone"))
+    assert done[-1] == "alone" and len(FakeGraph.made) == 1, "its own first time"
+
+
+def test_work_that_fails_leaves_graphs_as_they_were():
+    graphs, done = Graphs(FakeGraph), []
+
+    def fail():
+        raise ValueError("no memory")
+
+    with pytest.raises(ValueError, match="no memory"):
+        graphs.run("a", fail)
+    FakeGraph.made.clear()
+    for _ in range(2):
+        graphs.run("b", lambda: done.append("b"))
+    assert len(FakeGraph.made) == 1, "later work is recorded"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cuda_graph_replays_what_was_captured():
