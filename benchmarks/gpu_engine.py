@@ -80,6 +80,7 @@ def arguments() -> argparse.Namespace:
     add("--layers", type=int, default=LLAMA_8B["num_hidden_layers"], help="of `speed`'s model")
     add("--crowd-layers", type=int, default=8, help="of `throughput`'s model")
     add("--gpu-memory-utilization", type=float, default=0.1, help="that must be free at the start")
+    add("--profile", type=Path, help="folder for a table of kernels of the longest context's steps")
     add("--turns", type=Path, help=argparse.SUPPRESS)  # a lock: who has it is timed
     add("--eager", action="store_true", help="no torch.compile and no graphs")
     add("--json", type=Path, default=Path("results/gpu_engine.json"))
@@ -190,7 +191,39 @@ def speed(backend: str, options: argparse.Namespace) -> dict[str, Any]:
             if context <= 2 * 8192:  # compiles what prefill and decode need
                 timed(llm, context, options.requests, short)
             rows.append(timed(llm, context, options.requests, options))
+        if options.profile is not None:
+            profile(llm, backend, options)
     return {"rows": rows, "peak_gpu_bytes": torch.cuda.max_memory_allocated()}
+
+
+def profile(llm: Any, backend: str, options: argparse.Namespace) -> None:
+    """Kernels of some decode steps at 32K tokens or the longest context, by time."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(max_tokens=40, ignore_eos=True, detokenize=False)
+    ids = [(7 * i) % 100_000 + 1000 for i in range(min(32768, max(options.contexts)))]
+    engine = llm.llm_engine
+    engine.add_request("profiled", {"prompt_token_ids": ids}, parameters)
+    produced = 0
+    while produced < 24:
+        produced += len(engine.step())
+    torch.cuda.synchronize()
+    with torch.profiler.profile() as profiler:
+        started = time.perf_counter()
+        for _ in range(8):
+            engine.step()
+        torch.cuda.synchronize()
+        elapsed = time.perf_counter() - started
+    while engine.has_unfinished_requests():
+        engine.step()
+    averages = profiler.key_averages()
+    tables = [
+        averages.table(sort_by=f"self_{unit}_time_total", row_limit=45, max_name_column_width=70)
+        for unit in ("cuda", "cpu")
+    ]
+    options.profile.mkdir(parents=True, exist_ok=True)
+    text = "\n".join([f"8 steps in {1e3 * elapsed:.2f} ms", *tables])
+    (options.profile / f"{backend}.txt").write_text(text)
 
 
 def throughput(backend: str, options: argparse.Namespace) -> dict[str, Any]:
