@@ -11,13 +11,15 @@ from gpu_clock import Bandwidth
 from gpu_layer import BLOCK, DEVICE, Layer
 from gpu_step import Step
 
+from sentencekv_vllm.ops.cuda_layer_ops import CudaOps
 from sentencekv_vllm.triton_kernels.locate_sentences import locate_sentences
 from sentencekv_vllm.triton_kernels.quantize_query import quantize_query
 from sentencekv_vllm.triton_kernels.score_sentences import score_sentences
 from sentencekv_vllm.triton_kernels.select_blocks import select_blocks
 from sentencekv_vllm.types import IndexKind
 
-CUDA_KERNELS = ("resolve_residency", "swap_in")  # the rest is Triton in both
+# The rest is Triton in both; scoring and ranking are two launches in CUDA, and more in Triton.
+CUDA_KERNELS = ("select", "score_tokens", "rank_sentences", "resolve_residency", "swap_in")
 OFFLOADED_PAGES = 256  # what one chunk of prefill copies out
 SEALED_SENTENCES = 128
 SEALED_TOKENS = 28
@@ -62,7 +64,15 @@ def kernels(step: Step) -> dict[str, Callable[[], None]]:
     touched = -(-(3 + SEALED_TOKENS) // BLOCK)
     span_blocks = (rows[:, None] + rows[:touched]) % len(pools.cache)
     offset = torch.empty(0)  # GPU blocks hold plain rows
+    of_cuda: dict[str, Callable[[], None]] = {}
+    if isinstance(ops, CudaOps):
+        of_cuda = {
+            "score_tokens": lambda: ops.score_tokens(geometry, pools, batch),
+            "rank_sentences": lambda: ops.rank_sentences(geometry, pools, batch),
+        }
     return {
+        "select": lambda: ops.select(geometry, pools, batch, query),
+        **of_cuda,
         "locate_sentences": lambda: locate_sentences(batch, work.first),
         "quantize_query": lambda: quantize_query(query, layer.rotation, work.levels, work.steps),
         "score_sentences": lambda: score_sentences(geometry, pools, batch, query, work),
@@ -86,6 +96,9 @@ def floors(layer: Layer, missed: int) -> dict[str, Floor]:
     return {
         "locate_sentences": Floor(4 * (sentences + tokens // BLOCK)),
         "quantize_query": Floor(3 * query),
+        "select": Floor(tokens * heads * (dim // 8 + 2) + 17 * heads * sentences),
+        "score_tokens": Floor(tokens * heads * (dim // 8 + 2)),
+        "rank_sentences": Floor(17 * heads * sentences),
         "score_sentences": Floor(tokens * heads * (dim // 8 + 2) + 8 * heads * sentences),
         "score_centroids": Floor(2 * sentences * heads * dim + 8 * heads * sentences),
         "select_blocks": Floor(9 * heads * sentences),

@@ -109,6 +109,7 @@ class Layer:
             seed=self._full((s,), 1),
             byte_rows=self._full((s,), self.geometry.index_dim // 8),
             step=0,
+            token_bits_only=True,
         )
 
     def _tables(self, sinks: Tensor, recent: Tensor) -> Tensor:

@@ -141,6 +141,7 @@ class SparseBatch:
     seed: Tensor  # [S] int32: for IndexKind.RANDOM
     byte_rows: Tensor  # [S] int32: of the E / 8 rows of `bits`, those that TOKEN_BITS reads
     step: int  # increases by one per step; the LRU stamp
+    token_bits_only: bool = False  # known on the host: every index_kind is TOKEN_BITS
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def span_keys(
     return tl.load(row[:, None] + channel, mask=mask, other=0.0).to(tl.float32), mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["span_blocks_stride"])
 def _index_sentences(
     cache,
     centroids,

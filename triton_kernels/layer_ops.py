@@ -72,11 +72,16 @@ class TritonOps:
         rotation: Tensor,
         out: DecodeOutputs,
     ) -> None:
-        work = self._work
-        quantize_query(query, rotation, work.levels, work.steps)
-        score_sentences(geometry, pools, batch, query, work)
-        select_blocks(geometry, pools, batch, work)
+        quantize_query(query, rotation, self._work.levels, self._work.steps)
+        self.select(geometry, pools, batch, query)
         self.reuse_selection(pools, batch, out)
+
+    def select(
+        self, geometry: Geometry, pools: LayerPools, batch: SparseBatch, query: Tensor
+    ) -> None:
+        """From the quantised query to the selected blocks; `CudaOps` has its own."""
+        score_sentences(geometry, pools, batch, query, self._work)
+        select_blocks(geometry, pools, batch, self._work)
 
     def reuse_selection(self, pools: LayerPools, batch: SparseBatch, out: DecodeOutputs) -> None:
         """What `decode_layer` does once blocks are selected; the workspace holds them."""

@@ -30,7 +30,7 @@ def sentence_row(row_pages, i, valid, M: tl.constexpr):
     return page * M + i % M
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_granules", "ends_stride", "num_steps"])
 def _locate_sentences(
     ends,
     num_sentences,
@@ -38,8 +38,8 @@ def _locate_sentences(
     num_granules,
     ends_stride,
     first_stride,
+    num_steps,
     GRANULE: tl.constexpr,
-    STEPS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     s = tl.program_id(1)
@@ -48,7 +48,7 @@ def _locate_sentences(
     token = c * GRANULE
     lo = tl.zeros_like(c)
     hi = lo + tl.load(num_sentences + s)
-    for _ in range(STEPS):
+    for _ in range(num_steps):
         middle = (lo + hi) // 2
         open_ = lo < hi
         right = open_ & (tl.load(ends + middle, mask=open_, other=0) <= token)
@@ -74,7 +74,7 @@ def locate_sentences(batch: SparseBatch, first: Tensor) -> None:
         granules,
         batch.sentence_ends.stride(0),
         first.stride(0),
+        max_sentences.bit_length(),
         GRANULE=GRANULE,
-        STEPS=max_sentences.bit_length(),
         TILE=tile,
     )

@@ -11,7 +11,7 @@ from .pack_keys import padded_channels
 ROWS = 16  # queries a program rotates: the height of a tensor-core tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _quantize_query(
     query,
     rotation,

@@ -9,7 +9,7 @@ from ..types import LayerPools, Residency, SparseBatch
 from .workspace import Workspace
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages_stride", "tables_request_stride", "tables_head_stride"])
 def _resolve_residency(
     blocks,
     coverage,

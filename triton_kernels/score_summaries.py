@@ -20,7 +20,7 @@ BARRED_PRODUCT = tl.constexpr(BARRED)
 TILE = 64  # sentences a program scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_pages_stride", "ends_stride"])
 def _score_summaries(
     centroids,
     spreads,

@@ -19,7 +19,7 @@ TOKEN_BITS = tl.constexpr(int(IndexKind.TOKEN_BITS))
 SOFTMAX_MEAN = tl.constexpr(int(Reduce.SOFTMAX_MEAN))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages_stride", "ends_stride"])
 def _score_tokens(
     bits,
     scales,

@@ -22,7 +22,7 @@ TILE = 512  # sentences at once; no fewer than the tokens of a block
 EMPTY = tl.constexpr(LOWEST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ends_stride", "row_pages_stride"])
 def _select_blocks(
     scores,
     mass,

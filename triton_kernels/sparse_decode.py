@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SPLIT = 256  # tokens a program attends to
+SPLIT = 128  # tokens a program attends to
 TILE = 64  # tokens in flight
+PARTS = 16  # splits that are merged at a time
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class DecodeScratch:
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tables_request_stride", "tables_head_stride", "num_splits"])
 def _attend_split(
     query,
     key_cache,
@@ -111,7 +112,7 @@ def _attend_split(
     tl.store(part_lse + row, (top + tl.log2(total)) * 0.6931471805599453, mask=g < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _merge_splits(
     parts,
     part_lse,
@@ -123,6 +124,7 @@ def _merge_splits(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     s = tl.program_id(0)
     head = s.to(tl.int64) * HQ + tl.program_id(1)
@@ -130,15 +132,18 @@ def _merge_splits(
     top = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     merged = tl.zeros((D_PAD,), tl.float32)
-    for split in range(tl.cdiv(tl.load(seq_lens + s), SPLIT)):
+    count = tl.cdiv(tl.load(seq_lens + s), SPLIT)
+    for begin in range(0, count, PARTS):
+        split = begin + tl.arange(0, PARTS)
         row = head * num_splits + split
-        part_top = tl.load(part_lse + row)
-        part = tl.load(parts + row * D + d, mask=d < D, other=0.0)
-        raised = tl.maximum(top, part_top)
+        mask = (split < count)[:, None] & (d < D)[None, :]
+        part_top = tl.load(part_lse + row, mask=split < count, other=float("-inf"))
+        part = tl.load(parts + row[:, None] * D + d[None, :], mask=mask, other=0.0)
+        raised = tl.maximum(top, tl.max(part_top, 0))
         fade = tl.exp(top - raised)
-        weight = tl.exp(part_top - raised)
-        merged = merged * fade + part * weight
-        total = total * fade + weight
+        weights = tl.exp(part_top - raised)
+        merged = merged * fade + tl.sum(part * weights[:, None], 0)
+        total = total * fade + tl.sum(weights, 0)
         top = raised
     result = tl.where(total > 0, merged / total, 0.0)
     tl.store(output + head * D + d, result.to(output.dtype.element_ty), mask=d < D)
@@ -224,5 +229,6 @@ def sparse_decode(
         D=dim,
         D_PAD=d_pad,
         SPLIT=SPLIT,
-        num_warps=2,
+        PARTS=PARTS,
+        num_warps=4,
     )

@@ -11,6 +11,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -212,14 +213,63 @@ inline int __shfl_up_sync(unsigned, int value, int distance) {
   return received;
 }
 
+/// What the lane that `from` names, by its own lane number, shows to its warp.
+template <class T, class From>
+T host_shuffle(T value, From from) {
+  static_assert(sizeof(T) == sizeof(int), "lanes exchange 32 bits");
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
+  std::memcpy(&host_cuda::block.exchange[thread], &value, sizeof(T));
+  host_cuda::wait(host_cuda::block.warps[warp]);
+  std::memcpy(&value, &host_cuda::block.exchange[warp * 32 + from(thread % 32)], sizeof(T));
+  host_cuda::wait(host_cuda::block.warps[warp]);
+  return value;
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int bits) {
+  return host_shuffle(value, [bits](int lane) { return lane ^ bits; });
+}
+
+template <class T>
+T __shfl_sync(unsigned, T value, int source) {
+  return host_shuffle(value, [source](int) { return source & 31; });
+}
+
+/// Four bytes out of the eight of x and y, each named by a digit of `selector`.
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  }
+  return result;
+}
+
 template <class T>
 T __ldcs(const T* pointer) {
   return *pointer;
 }
 
+using std::max;
+using std::min;
+
 template <class T>
 T atomicAdd(T* pointer, T value) {
   const T before = *pointer;
   *pointer += value;
+  return before;
+}
+
+template <class T>
+T atomicMax(T* pointer, T value) {
+  const T before = *pointer;
+  *pointer = std::max(before, value);
+  return before;
+}
+
+template <class T>
+T atomicMin(T* pointer, T value) {
+  const T before = *pointer;
+  *pointer = std::min(before, value);
   return before;
 }

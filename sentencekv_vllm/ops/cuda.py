@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from ctypes import POINTER, Structure, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..types import IndexKind, Reduce
 from .cuda_build import build_cuda
 from .native_build import BuildError
 
 logger = logging.getLogger(__name__)
+
+CHUNK_TOKENS, GRANULE = 1024, 16  # as in the kernels, and in triton_kernels/workspace.py
+MAX_GROUP, MAX_CHANNELS = 8, 256  # of score_tokens and rank_sentences
 
 
 class ResolveResidencyArgs(Structure):
@@ -35,6 +39,42 @@ class ResolveResidencyArgs(Structure):
             "pages_stride", "private_stride", "table_stride", "table_head_stride",
         )),
         *((name, c_int32) for name in ("num_requests", "num_heads", "max_blocks", "num_slots")),
+    )  # fmt: skip
+
+
+class ScoreTokensArgs(Structure):
+    """As in `csrc/include/sentencekv/score_tokens.cuh`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in (
+            "bits", "scales", "levels", "steps", "pages", "num_pages", "sentence_ends",
+            "num_sentences", "first", "history_lo", "history_hi", "index_kind", "reduce",
+            "byte_rows", "best", "partial",
+        )),
+        *((name, c_int64) for name in ("pages_stride", "ends_stride", "first_stride")),
+        ("scale", c_float),
+        *((name, c_int32) for name in (
+            "num_requests", "num_heads", "group", "num_byte_rows", "block_size", "max_sentences",
+            "max_chunks", "num_chunks", "scales_are_bf16", "token_bits", "softmax_mean",
+        )),
+    )  # fmt: skip
+
+
+class RankSentencesArgs(Structure):
+    """As in `csrc/include/sentencekv/rank_sentences.cuh`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in (
+            "best", "partial", "row_pages", "kept", "num_pages", "sentence_ends",
+            "num_sentences", "first", "history_lo", "history_hi", "budget_blocks", "index_kind",
+            "reduce", "retention", "seeds", "step", "scores", "mass", "blocks", "coverage",
+        )),
+        *((name, c_int64) for name in ("row_pages_stride", "ends_stride", "first_stride")),
+        *((name, c_int32) for name in (
+            "num_requests", "num_heads", "group", "block_size", "rows_per_page", "max_sentences",
+            "max_chunks", "max_selected", "max_blocks", "chunk_tokens", "granule", "token_bits",
+            "random", "softmax_mean", "max_of_group",
+        )),
     )  # fmt: skip
 
 
@@ -62,6 +102,8 @@ def load(path: Path) -> ctypes.CDLL:
     """A library with the C ABI of `csrc/*.cu`."""
     lib = ctypes.CDLL(str(path))
     for name, args in (
+        ("score_tokens", ScoreTokensArgs),
+        ("rank_sentences", RankSentencesArgs),
         ("resolve_residency", ResolveResidencyArgs),
         ("gather_misses", GatherMissesArgs),
         ("copy_pages", CopyPagesArgs),
@@ -152,6 +194,118 @@ class Launcher:
             *(num_requests, num_heads, max_blocks, num_slots),
         )
         self._call("resolve_residency", args, blocks)
+
+    def score_tokens(
+        self,
+        bits: Tensor,
+        scales: Tensor,
+        levels: Tensor,
+        steps: Tensor,
+        pages: Tensor,
+        num_pages: Tensor,
+        sentence_ends: Tensor,
+        num_sentences: Tensor,
+        first: Tensor,
+        history_lo: Tensor,
+        history_hi: Tensor,
+        index_kind: Tensor,
+        reduce: Tensor,
+        byte_rows: Tensor,
+        best: Tensor,
+        partial: Tensor,
+        scale: float,
+    ) -> None:
+        """See `triton_kernels.score_tokens`, whose twin it is.
+
+        Args:
+            bits: [P, H, E / 8, N] uint8; scales: [P, H, N] bf16 or fp16.
+            levels: [>= S, H * G, E] int8, G at most 8; steps: [>= S, H * G] float32.
+            pages, sentence_ends, first: [>= S, .]; rows may lie apart.
+            best: [>= S, H, G, I], raised; partial: [>= S, H, chunks, 2, G] float32, written.
+            scale: of the logits.
+        """
+        requests, (_, num_heads, byte_rows_kept, block_size) = len(num_pages), bits.shape
+        rows = (pages, sentence_ends, first)
+        whole = (num_pages, num_sentences, history_lo, history_hi, index_kind, reduce, byte_rows)
+        assert all(t.dtype == torch.int32 for t in (*rows, *whole, best))
+        assert all(t.stride(-1) == 1 for t in rows)
+        assert all(t.is_contiguous() for t in (*whole, bits, scales, levels, steps, best, partial))
+        assert scales.dtype in (torch.bfloat16, torch.float16) and levels.dtype == torch.int8
+        tensors = (
+            *(bits, scales, levels, steps, pages, num_pages, sentence_ends, num_sentences, first),
+            *(history_lo, history_hi, index_kind, reduce, byte_rows, best, partial),
+        )
+        args = ScoreTokensArgs(
+            *(t.data_ptr() for t in tensors),
+            *(pages.stride(0), sentence_ends.stride(0), first.stride(0)),
+            scale,
+            *(requests, num_heads, best.shape[2], byte_rows_kept, block_size),
+            *(best.shape[3], partial.shape[2], -(-pages.shape[1] * block_size // CHUNK_TOKENS)),
+            scales.dtype == torch.bfloat16,
+            *(IndexKind.TOKEN_BITS, Reduce.SOFTMAX_MEAN),
+        )
+        self._call("score_tokens", args, best)
+
+    def rank_sentences(
+        self,
+        best: Tensor,
+        partial: Tensor,
+        row_pages: Tensor,
+        kept: Tensor,
+        num_pages: Tensor,
+        sentence_ends: Tensor,
+        num_sentences: Tensor,
+        first: Tensor,
+        history_lo: Tensor,
+        history_hi: Tensor,
+        budget_blocks: Tensor,
+        index_kind: Tensor,
+        reduce: Tensor,
+        retention: Tensor,
+        seeds: Tensor,
+        step: Tensor,
+        scores: Tensor,
+        mass: Tensor,
+        blocks: Tensor,
+        coverage: Tensor,
+        block_size: int,
+        rows_per_page: int,
+        max_blocks: int,
+    ) -> None:
+        """From `best` to the selection: the reduction over the group and `ops.select_blocks`.
+
+        Args:
+            best: [>= S, H, G, I], G at most 8, emptied; partial: as `score_tokens` leaves it.
+            row_pages, sentence_ends, first: [>= S, .]; rows may lie apart.
+            kept: [P * M, H] uint8, written; retention: [S] float32; step: [1].
+            scores: [>= S, H, I] float32; mass: [>= S, H, I + 1] float32; written.
+            blocks: [>= S, H, K]; coverage: [>= S, H] float32; written.
+            max_blocks: of the longest request, at most 8192.
+        """
+        requests, (_, num_heads, group, max_sentences) = len(num_pages), best.shape
+        rows = (row_pages, sentence_ends, first)
+        whole = (
+            *(num_pages, num_sentences, history_lo, history_hi, budget_blocks),
+            *(index_kind, reduce, seeds, step),
+        )
+        assert all(t.dtype == torch.int32 for t in (*rows, *whole, best, blocks))
+        assert all(t.stride(-1) == 1 for t in rows)
+        floats = (partial, retention, scores, mass, coverage)
+        assert all(t.dtype == torch.float32 for t in floats) and kept.dtype == torch.uint8
+        assert all(t.is_contiguous() for t in (*whole, *floats, best, kept, blocks))
+        tensors = (
+            *(best, partial, row_pages, kept, num_pages, sentence_ends, num_sentences, first),
+            *(history_lo, history_hi, budget_blocks, index_kind, reduce, retention, seeds, step),
+            *(scores, mass, blocks, coverage),
+        )
+        args = RankSentencesArgs(
+            *(t.data_ptr() for t in tensors),
+            *(row_pages.stride(0), sentence_ends.stride(0), first.stride(0)),
+            *(requests, num_heads, group, block_size, rows_per_page, max_sentences),
+            *(partial.shape[2], blocks.shape[2], max_blocks, CHUNK_TOKENS, GRANULE),
+            *(IndexKind.TOKEN_BITS, IndexKind.RANDOM, Reduce.SOFTMAX_MEAN, Reduce.MAX),
+        )
+        self._call("rank_sentences", args, best)
 
     def gather_misses(
         self, host: Tensor, cache: Tensor, misses: Tensor, miss_counts: Tensor

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three calls a worker makes per layer on a GPU: Triton, with CUDA where data moves."""
+"""The three calls a worker makes per layer on a GPU: Triton, with CUDA where data moves, where
+tensor cores count bits and where one block of threads does what would be many launches."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..triton_kernels.layer_ops import TritonOps
+from ..triton_kernels.score_summaries import score_summaries
+from ..triton_kernels.score_tokens import score_tokens
 from ..triton_kernels.workspace import Workspace
-from ..types import LayerPools, SparseBatch
+from ..types import Geometry, LayerPools, SparseBatch
 from . import custom_ops as custom_ops  # registers torch.ops.sentencekv
-from .cuda import library
+from .cuda import MAX_CHANNELS, MAX_GROUP, library
 from .layer_ops import DecodeOutputs
 
 
 class CudaOps(TritonOps):  # type: ignore[misc]  # mypy does not follow the mapped package
-    """`TritonOps` with residency and swap-in by the kernels of `csrc/`.
+    """`TritonOps` with ranking, residency and swap-in by the kernels of `csrc/`.
 
     Raises:
         RuntimeError: at the first step, where the kernels could not be built.
@@ -26,6 +30,72 @@ class CudaOps(TritonOps):  # type: ignore[misc]  # mypy does not follow the mapp
         super().__init__(workspace)
         self._misses = workspace.misses.view(*workspace.blocks.shape, 3)
         self._miss_counts = torch.empty_like(workspace.coverage, dtype=torch.int32)
+
+    def select(
+        self, geometry: Geometry, pools: LayerPools, batch: SparseBatch, query: Tensor
+    ) -> None:
+        if geometry.group_size > MAX_GROUP:
+            super().select(geometry, pools, batch, query)
+            return
+        if pools.scales.dtype.itemsize == 2 and geometry.index_dim <= MAX_CHANNELS:
+            self.score_tokens(geometry, pools, batch)
+        else:
+            score_tokens(geometry, pools, batch, self._work)
+        if not batch.token_bits_only:
+            score_summaries(geometry, pools, batch, query, self._work)
+        self.rank_sentences(geometry, pools, batch)
+
+    def score_tokens(self, geometry: Geometry, pools: LayerPools, batch: SparseBatch) -> None:
+        """Logits of TOKEN_BITS requests, to `best` of the workspace."""
+        work = self._work
+        torch.ops.sentencekv.score_tokens(
+            pools.bits,
+            pools.scales,
+            work.levels,
+            work.steps,
+            batch.pages,
+            batch.num_pages,
+            batch.sentence_ends,
+            batch.num_sentences,
+            work.first,
+            batch.history_lo,
+            batch.history_hi,
+            batch.index_kind,
+            batch.reduce,
+            batch.byte_rows,
+            work.best,
+            work.partial,
+            geometry.scale,
+        )
+
+    def rank_sentences(self, geometry: Geometry, pools: LayerPools, batch: SparseBatch) -> None:
+        """From the logits to the selected blocks."""
+        work = self._work
+        torch.ops.sentencekv.rank_sentences(
+            work.best,
+            work.partial,
+            batch.row_pages,
+            pools.kept,
+            batch.num_pages,
+            batch.sentence_ends,
+            batch.num_sentences,
+            work.first,
+            batch.history_lo,
+            batch.history_hi,
+            batch.budget_blocks,
+            batch.index_kind,
+            batch.reduce,
+            batch.retention,
+            batch.seed,
+            work.step,
+            work.scores,
+            work.mass,
+            work.blocks,
+            work.coverage,
+            geometry.block_size,
+            geometry.rows_per_page,
+            batch.pages.shape[1],
+        )
 
     def resolve_residency(self, pools: LayerPools, batch: SparseBatch, out: DecodeOutputs) -> None:
         work = self._work

@@ -16,6 +16,20 @@ import torch
 from .cuda import Launcher, library
 
 SCHEMAS = {
+    "score_tokens": (
+        "(Tensor bits, Tensor scales, Tensor levels, Tensor steps, Tensor pages, "
+        "Tensor num_pages, Tensor sentence_ends, Tensor num_sentences, Tensor first, "
+        "Tensor history_lo, Tensor history_hi, Tensor index_kind, Tensor reduce, "
+        "Tensor byte_rows, Tensor(a!) best, Tensor(b!) partial, float scale) -> ()"
+    ),
+    "rank_sentences": (
+        "(Tensor(a!) best, Tensor partial, Tensor row_pages, Tensor(b!) kept, Tensor num_pages, "
+        "Tensor sentence_ends, Tensor num_sentences, Tensor first, Tensor history_lo, "
+        "Tensor history_hi, Tensor budget_blocks, Tensor index_kind, Tensor reduce, "
+        "Tensor retention, Tensor seeds, Tensor step, Tensor(c!) scores, Tensor(d!) mass, "
+        "Tensor(e!) blocks, Tensor(f!) coverage, int block_size, int rows_per_page, "
+        "int max_blocks) -> ()"
+    ),
     "resolve_residency": (
         "(Tensor blocks, Tensor coverage, Tensor pages, Tensor private_blocks, "
         "Tensor budget_blocks, Tensor history_lo, Tensor step, Tensor(a!) page_slot, "

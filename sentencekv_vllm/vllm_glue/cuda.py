@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -101,6 +101,7 @@ def run_layer(
     layer: int, query: Tensor, kv_cache: Tensor, call: CudaSparseCall, output: Tensor, scale: float
 ) -> None:
     """The sparse rows of a layer: gather, wait for what was ranked ahead, one graph, scatter.
+    Inside a graph of the whole step queries and outputs are used where they are.
 
     Args:
         query: [num_tokens, Hq, D] of the whole batch.
@@ -110,7 +111,15 @@ def run_layer(
     """
     runtime, plan = call.runtime, call.plan
     rows = min(len(query), len(call.query))  # both may be padded
-    if call.whole_batch:
+    in_place = (
+        call.whole_batch
+        and plan.graphs.is_working()
+        and rows == len(call.query)
+        and query.is_contiguous()
+    )
+    if in_place:
+        call = replace(call, query=query[:rows], output=output[:rows])
+    elif call.whole_batch:
         call.query[:rows].copy_(query[:rows])
     else:
         torch.index_select(query, 0, plan.tokens, out=call.query)
@@ -122,6 +131,8 @@ def run_layer(
         runtime.estimate(plan, layer, call.query, tables, call.output, call.lse)
 
     plan.graphs.run((layer, *plan.variant), work)
+    if in_place:
+        return
     if call.whole_batch:
         output[:rows].copy_(call.output[:rows])
     else:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from ..ops.layer_ops import DecodeOutputs, LayerOps
 from ..ops.load import Sizes
-from ..types import Geometry, QueryKind
+from ..types import Geometry, IndexKind, QueryKind
 from .device_tables import DeviceTables
 from .graphs import Graph, Graphs
 from .plan import StepPlan, table_width
@@ -92,10 +93,11 @@ class DevicePlanner:
         self._ops.set_step(facts.step)
         buffers.graphs.run("step", lambda: self._start(buffers))
         inputs, totals, count = buffers.inputs, buffers.totals, len(slots)
+        token_bits_only = bool((options["index_kind"] == IndexKind.TOKEN_BITS).all())
         return StepPlan(
             step=facts.step,
             layers=facts.layers,
-            batch=buffers.batch,
+            batch=replace(buffers.batch, token_bits_only=token_bits_only),
             rows=inputs["rows"][:count],
             tokens=inputs["tokens"],
             slots=inputs["slots"],

@@ -41,6 +41,11 @@ class Graphs:
         self._graphs: dict[Hashable, Graph | None] = {}
         self._kept: dict[Hashable, Any] = {}
 
+    @staticmethod
+    def is_working() -> bool:
+        """Inside of other work: tensors that it makes stay where they are in a replay."""
+        return Graphs._working
+
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What belongs to the same tensors, made when it is first asked for."""
         if key not in self._kept:

@@ -53,7 +53,8 @@ class StepPlan:
     def variant(self) -> tuple[bool, ...]:
         """What of a layer's work depends on the plan beyond its tensors: part of a graph's key."""
         absent = (x is None for x in (self.running, self.previous, self.estimates))
-        return bool(self.unranked.all()), self.ahead, *absent
+        unranked = bool(self.unranked.all())
+        return unranked, self.ahead, self.batch.token_bits_only, *absent
 
 
 def table_width(rows: SparseRows, budget: Int32s, block_size: int) -> int:

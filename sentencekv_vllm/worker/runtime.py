@@ -425,7 +425,7 @@ class Runtime:
             self.tables.drop(slot)
         self.pools.reset()
         self._step, self._rows, self._plans, self._report = -1, None, (), None
-        self._watched = None
+        self._watched, self._planned, self._queued = None, -1, -1
         self._unsettled.clear()
         self._guesses.clear()
         self.counters.clear()

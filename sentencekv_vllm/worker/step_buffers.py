@@ -104,6 +104,7 @@ class StepBuffers:
             sentence_ends=int32s(s, size.sentences),
             private_blocks=int32s(s, working_set),
             step=-1,  # set in the ops, which read it from the device
+            token_bits_only=False,
             **{name: self.inputs[name] for name in (*shared, *options)},
         )
         self._block_table = int32s(s, size.max_blocks)

@@ -199,6 +199,6 @@ class Tables:
         }
         tensors = upload(list(columns.values()), self.device)
         named = dict(zip(columns, tensors, strict=True))
-        batch = SparseBatch(**named, step=step, budget_blocks=budget)
+        batch = SparseBatch(**named, step=step, budget_blocks=budget, token_bits_only=False)
         self._batch = (key, batch)
         return batch
