@@ -18,8 +18,8 @@ from sentencekv_vllm.triton_kernels.score_sentences import score_sentences
 from sentencekv_vllm.triton_kernels.select_blocks import select_blocks
 from sentencekv_vllm.types import IndexKind
 
-# The rest is Triton in both; scoring and ranking are two launches in CUDA, and more in Triton.
-CUDA_KERNELS = ("select", "score_tokens", "rank_sentences", "resolve_residency", "swap_in")
+# The rest is Triton in both; from the logits on, CUDA has one launch for all.
+CUDA_KERNELS = ("score_tokens", "select_and_swap_in", "resolve_residency", "swap_in")
 OFFLOADED_PAGES = 256  # what one chunk of prefill copies out
 SEALED_SENTENCES = 128
 SEALED_TOKENS = 28
@@ -67,11 +67,10 @@ def kernels(step: Step) -> dict[str, Callable[[], None]]:
     of_cuda: dict[str, Callable[[], None]] = {}
     if isinstance(ops, CudaOps):
         of_cuda = {
-            "score_tokens": lambda: ops.score_tokens(geometry, pools, batch),
-            "rank_sentences": lambda: ops.rank_sentences(geometry, pools, batch),
+            "score_tokens": lambda: ops.score(geometry, pools, batch, query),
+            "select_and_swap_in": lambda: ops.select_and_swap_in(geometry, pools, batch, layer.out),
         }
     return {
-        "select": lambda: ops.select(geometry, pools, batch, query),
         **of_cuda,
         "locate_sentences": lambda: locate_sentences(batch, work.first),
         "quantize_query": lambda: quantize_query(query, layer.rotation, work.levels, work.steps),
@@ -96,9 +95,10 @@ def floors(layer: Layer, missed: int) -> dict[str, Floor]:
     return {
         "locate_sentences": Floor(4 * (sentences + tokens // BLOCK)),
         "quantize_query": Floor(3 * query),
-        "select": Floor(tokens * heads * (dim // 8 + 2) + 17 * heads * sentences),
         "score_tokens": Floor(tokens * heads * (dim // 8 + 2)),
-        "rank_sentences": Floor(17 * heads * sentences),
+        "select_and_swap_in": Floor(
+            17 * heads * sentences, to_gpu=requests * heads * missed * layer.head_block_bytes
+        ),
         "score_sentences": Floor(tokens * heads * (dim // 8 + 2) + 8 * heads * sentences),
         "score_centroids": Floor(2 * sentences * heads * dim + 8 * heads * sentences),
         "select_blocks": Floor(9 * heads * sentences),

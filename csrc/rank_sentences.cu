@@ -8,16 +8,14 @@ using sentencekv::RankSentencesArgs;
 extern "C" cudaError_t sentencekv_rank_sentences(const RankSentencesArgs* args,
                                                  cudaStream_t stream) {
   const RankSentencesArgs& a = *args;
-  constexpr int few = 2, many = 8;  // blocks a thread
-  if (a.group > sentencekv::kRankGroup || a.max_blocks > many * sentencekv::kRankThreads) {
-    return cudaErrorInvalidValue;
-  }
-  const bool is_short = a.max_blocks <= few * sentencekv::kRankThreads;
+  if (!sentencekv::rank_fits(a)) return cudaErrorInvalidValue;
+  const bool few = a.max_blocks <= sentencekv::kFewBlocks * sentencekv::kRankThreads;
   const auto kernel =
-      a.group <= 4 ? (is_short ? sentencekv::rank_sentences_kernel<4, few>
-                               : sentencekv::rank_sentences_kernel<4, many>)
-                   : (is_short ? sentencekv::rank_sentences_kernel<8, few>
-                               : sentencekv::rank_sentences_kernel<8, many>);
+      a.group <= 4
+          ? (few ? sentencekv::rank_sentences_kernel<4, sentencekv::kFewBlocks>
+                 : sentencekv::rank_sentences_kernel<4, sentencekv::kManyBlocks>)
+          : (few ? sentencekv::rank_sentences_kernel<8, sentencekv::kFewBlocks>
+                 : sentencekv::rank_sentences_kernel<8, sentencekv::kManyBlocks>);
   return sentencekv::launch(kernel, dim3(a.num_heads, a.num_requests), sentencekv::kRankThreads,
-                            sentencekv::rank_shared_bytes(), stream, a);
+                            sentencekv::rank_shared_bytes(a), stream, a);
 }

@@ -4,36 +4,17 @@
 // Kernels read and write host memory through its device address. They return
 // cudaErrorInvalidValue where a pointer, size or stride is not a multiple of 16 bytes, and
 // cudaErrorHostMemoryNotRegistered where host memory is not pinned.
-#include <initializer_list>
 #include <vector>
 
+#include <sentencekv/host_address.hpp>
 #include <sentencekv/swap_blocks.cuh>
 
+using sentencekv::aligned;
 using sentencekv::CopyPagesArgs;
 using sentencekv::GatherMissesArgs;
+using sentencekv::to_device_address;
 
 namespace {
-
-/// Whether pointers and sizes are multiples of a vector.
-bool aligned(std::initializer_list<const void*> pointers, std::initializer_list<int64_t> sizes) {
-  bool result = true;
-  for (const void* p : pointers) {
-    result &= reinterpret_cast<uintptr_t>(p) % sentencekv::kVectorBytes == 0;
-  }
-  for (const int64_t size : sizes) result &= size % sentencekv::kVectorBytes == 0;
-  return result;
-}
-
-/// The address under which kernels reach device or pinned host memory.
-template <class Pointer>
-cudaError_t to_device_address(Pointer* pointer) {
-  cudaPointerAttributes attributes;
-  const cudaError_t status = cudaPointerGetAttributes(&attributes, *pointer);
-  if (status != cudaSuccess) return status;
-  if (attributes.type == cudaMemoryTypeUnregistered) return cudaErrorHostMemoryNotRegistered;
-  *pointer = attributes.devicePointer;
-  return cudaSuccess;
-}
 
 /// One block per multiprocessor holds more loads in flight than the bus can carry.
 template <class Args>

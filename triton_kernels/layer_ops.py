@@ -79,12 +79,12 @@ class TritonOps:
     def select(
         self, geometry: Geometry, pools: LayerPools, batch: SparseBatch, query: Tensor
     ) -> None:
-        """From the quantised query to the selected blocks; `CudaOps` has its own."""
+        """From the quantised query to the selected blocks."""
         score_sentences(geometry, pools, batch, query, self._work)
         select_blocks(geometry, pools, batch, self._work)
 
     def reuse_selection(self, pools: LayerPools, batch: SparseBatch, out: DecodeOutputs) -> None:
-        """What `decode_layer` does once blocks are selected; the workspace holds them."""
+        """What `decode_layer` does once blocks are selected, which the workspace holds."""
         self.resolve_residency(pools, batch, out)
         self.swap_in(pools, batch)
 

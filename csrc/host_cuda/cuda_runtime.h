@@ -27,7 +27,7 @@
 #define __host__
 #define __shared__
 #define __align__(bytes)
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 enum cudaError_t {
   cudaSuccess = 0,

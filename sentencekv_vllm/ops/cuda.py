@@ -12,6 +12,7 @@ import logging
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK_TOKENS, GRANULE = 1024, 16  # as in the kernels, and in triton_kernels/workspace.py
 MAX_GROUP, MAX_CHANNELS = 8, 256  # of score_tokens and rank_sentences
+RANK_ARGUMENTS = 22  # of rank_sentences
 
 
 class ResolveResidencyArgs(Structure):
@@ -66,14 +68,14 @@ class RankSentencesArgs(Structure):
     _fields_ = (
         *((name, c_void_p) for name in (
             "best", "partial", "row_pages", "kept", "num_pages", "sentence_ends",
-            "num_sentences", "first", "history_lo", "history_hi", "budget_blocks", "index_kind",
+            "num_sentences", "history_lo", "history_hi", "budget_blocks", "index_kind",
             "reduce", "retention", "seeds", "step", "scores", "mass", "blocks", "coverage",
         )),
-        *((name, c_int64) for name in ("row_pages_stride", "ends_stride", "first_stride")),
+        *((name, c_int64) for name in ("row_pages_stride", "ends_stride")),
         *((name, c_int32) for name in (
             "num_requests", "num_heads", "group", "block_size", "rows_per_page", "max_sentences",
-            "max_chunks", "max_selected", "max_blocks", "chunk_tokens", "granule", "token_bits",
-            "random", "softmax_mean", "max_of_group",
+            "max_chunks", "max_selected", "max_blocks", "chunk_tokens", "token_bits", "random",
+            "softmax_mean", "max_of_group",
         )),
     )  # fmt: skip
 
@@ -85,6 +87,16 @@ class GatherMissesArgs(Structure):
         *((name, c_void_p) for name in ("host", "cache", "misses", "miss_counts")),
         *((n, c_int64) for n in ("head_block_bytes", "cache_block_stride", "cache_head_stride")),
         *((name, c_int32) for name in ("num_regions", "max_blocks", "num_heads")),
+    )
+
+
+class DecodeSelectionArgs(Structure):
+    """As in `csrc/include/sentencekv/decode_selection.cuh`."""
+
+    _fields_ = (
+        ("rank", RankSentencesArgs),
+        ("resolve", ResolveResidencyArgs),
+        ("gather", GatherMissesArgs),
     )
 
 
@@ -105,6 +117,7 @@ def load(path: Path) -> ctypes.CDLL:
         ("score_tokens", ScoreTokensArgs),
         ("rank_sentences", RankSentencesArgs),
         ("resolve_residency", ResolveResidencyArgs),
+        ("decode_selection", DecodeSelectionArgs),
         ("gather_misses", GatherMissesArgs),
         ("copy_pages", CopyPagesArgs),
         ("copy_page_runs", CopyPagesArgs),
@@ -136,7 +149,13 @@ class Launcher:
     def __init__(self, lib: ctypes.CDLL) -> None:
         self._lib = lib
 
-    def resolve_residency(
+    def resolve_residency(self, *tensors: Tensor) -> None:
+        """See `ops.resolve_residency`; arguments as in `_resolve_args`. The misses of request s and
+        KV head h, in order of the selection, are `misses[s, h, : miss_counts[s, h]]`, rows
+        (page, KV head, block)."""
+        self._call("resolve_residency", self._resolve_args(*tensors), tensors[0])
+
+    def _resolve_args(
         self,
         blocks: Tensor,
         coverage: Tensor,
@@ -154,9 +173,8 @@ class Launcher:
         hit_totals: Tensor,
         miss_totals: Tensor,
         coverage_totals: Tensor,
-    ) -> None:
-        """See `ops.resolve_residency`; the misses of request s and KV head h, in order of the
-        selection, are `misses[s, h, : miss_counts[s, h]]`, rows (page, KV head, block).
+    ) -> ResolveResidencyArgs:
+        """Check and pack.
 
         Args:
             blocks: [>= S, H, K]; coverage: [>= S, H] float32.
@@ -188,12 +206,11 @@ class Launcher:
             *(page_slot, slot_page, slot_stamp, head_tables, misses, miss_counts),
             *(hit_totals, miss_totals, coverage_totals),
         )
-        args = ResolveResidencyArgs(
+        return ResolveResidencyArgs(
             *(t.data_ptr() for t in tensors),
             *(pages.stride(0), private_blocks.stride(0), *head_tables.stride()[:2]),
             *(num_requests, num_heads, max_blocks, num_slots),
         )
-        self._call("resolve_residency", args, blocks)
 
     def score_tokens(
         self,
@@ -246,7 +263,33 @@ class Launcher:
         )
         self._call("score_tokens", args, best)
 
-    def rank_sentences(
+    def rank_sentences(self, *tensors_and_sizes: Any) -> None:
+        """From `best` to the selection: the reduction over the group and `ops.select_blocks`;
+        arguments as in `_rank_args`."""
+        self._call("rank_sentences", self._rank_args(*tensors_and_sizes), tensors_and_sizes[0])
+
+    def decode_selection(self, *tensors_and_sizes: Any) -> None:
+        """`rank_sentences`, `resolve_residency` and `gather_misses` in one launch.
+
+        Args:
+            tensors_and_sizes: those of `rank_sentences`; of `resolve_residency` from `pages` on
+                those that are not among them; `host` and `cache` of `gather_misses`.
+        """
+        rank, rest = tensors_and_sizes[:RANK_ARGUMENTS], tensors_and_sizes[RANK_ARGUMENTS:]
+        pages, private_blocks, page_slot, slot_page, slot_stamp, *written, host, cache = rest
+        budget_blocks, step, blocks, coverage = (rank[i] for i in (9, 14, 17, 18))
+        head_tables, misses, miss_counts, *totals = written
+        args = DecodeSelectionArgs(
+            self._rank_args(*rank),
+            self._resolve_args(
+                *(blocks, coverage, pages, private_blocks, budget_blocks, rank[7], step),
+                *(page_slot, slot_page, slot_stamp, head_tables, misses, miss_counts, *totals),
+            ),
+            self._gather_args(host, cache, misses, miss_counts[: len(budget_blocks)]),
+        )
+        self._call("decode_selection", args, blocks)
+
+    def _rank_args(
         self,
         best: Tensor,
         partial: Tensor,
@@ -255,7 +298,6 @@ class Launcher:
         num_pages: Tensor,
         sentence_ends: Tensor,
         num_sentences: Tensor,
-        first: Tensor,
         history_lo: Tensor,
         history_hi: Tensor,
         budget_blocks: Tensor,
@@ -271,19 +313,19 @@ class Launcher:
         block_size: int,
         rows_per_page: int,
         max_blocks: int,
-    ) -> None:
-        """From `best` to the selection: the reduction over the group and `ops.select_blocks`.
+    ) -> RankSentencesArgs:
+        """Check and pack.
 
         Args:
             best: [>= S, H, G, I], G at most 8, emptied; partial: as `score_tokens` leaves it.
-            row_pages, sentence_ends, first: [>= S, .]; rows may lie apart.
+            row_pages, sentence_ends: [>= S, .]; rows may lie apart.
             kept: [P * M, H] uint8, written; retention: [S] float32; step: [1].
             scores: [>= S, H, I] float32; mass: [>= S, H, I + 1] float32; written.
             blocks: [>= S, H, K]; coverage: [>= S, H] float32; written.
             max_blocks: of the longest request, at most 8192.
         """
         requests, (_, num_heads, group, max_sentences) = len(num_pages), best.shape
-        rows = (row_pages, sentence_ends, first)
+        rows = (row_pages, sentence_ends)
         whole = (
             *(num_pages, num_sentences, history_lo, history_hi, budget_blocks),
             *(index_kind, reduce, seeds, step),
@@ -294,18 +336,18 @@ class Launcher:
         assert all(t.dtype == torch.float32 for t in floats) and kept.dtype == torch.uint8
         assert all(t.is_contiguous() for t in (*whole, *floats, best, kept, blocks))
         tensors = (
-            *(best, partial, row_pages, kept, num_pages, sentence_ends, num_sentences, first),
+            *(best, partial, row_pages, kept, num_pages, sentence_ends, num_sentences),
             *(history_lo, history_hi, budget_blocks, index_kind, reduce, retention, seeds, step),
             *(scores, mass, blocks, coverage),
         )
         args = RankSentencesArgs(
             *(t.data_ptr() for t in tensors),
-            *(row_pages.stride(0), sentence_ends.stride(0), first.stride(0)),
+            *(row_pages.stride(0), sentence_ends.stride(0)),
             *(requests, num_heads, group, block_size, rows_per_page, max_sentences),
-            *(partial.shape[2], blocks.shape[2], max_blocks, CHUNK_TOKENS, GRANULE),
+            *(partial.shape[2], blocks.shape[2], max_blocks, CHUNK_TOKENS),
             *(IndexKind.TOKEN_BITS, IndexKind.RANDOM, Reduce.SOFTMAX_MEAN, Reduce.MAX),
         )
-        self._call("rank_sentences", args, best)
+        return args
 
     def gather_misses(
         self, host: Tensor, cache: Tensor, misses: Tensor, miss_counts: Tensor
@@ -316,16 +358,21 @@ class Launcher:
             host: [P, H, N, 2D] pinned; cache: [B, H, N, 2D] of contiguous head-blocks, written;
                 the same dtype.
         """
+        args = self._gather_args(host, cache, misses, miss_counts)
+        self._call("gather_misses", args, cache)
+
+    def _gather_args(
+        self, host: Tensor, cache: Tensor, misses: Tensor, miss_counts: Tensor
+    ) -> GatherMissesArgs:
         assert host.shape[1:] == cache.shape[1:] and host.dtype == cache.dtype
         assert cache[0, 0].is_contiguous(), "a head-block is contiguous"
         assert all(t.is_contiguous() for t in (host, misses, miss_counts))
         size = cache.element_size()
-        args = GatherMissesArgs(
+        return GatherMissesArgs(
             *(t.data_ptr() for t in (host, cache, misses, miss_counts)),
             *(cache[0, 0].numel() * size, cache.stride(0) * size, cache.stride(1) * size),
             *(miss_counts.numel(), misses.shape[-2], cache.shape[1]),
         )
-        self._call("gather_misses", args, cache)
 
     def copy_pages(self, source: Tensor, target: Tensor, pairs: Tensor) -> None:
         """Copy whole pages between the cache and the swap pool, in either direction.

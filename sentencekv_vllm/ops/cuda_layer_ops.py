@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..triton_kernels.layer_ops import TritonOps
+from ..triton_kernels.quantize_query import quantize_query
 from ..triton_kernels.score_summaries import score_summaries
 from ..triton_kernels.score_tokens import score_tokens
 from ..triton_kernels.workspace import Workspace
@@ -31,47 +32,82 @@ class CudaOps(TritonOps):  # type: ignore[misc]  # mypy does not follow the mapp
         self._misses = workspace.misses.view(*workspace.blocks.shape, 3)
         self._miss_counts = torch.empty_like(workspace.coverage, dtype=torch.int32)
 
-    def select(
-        self, geometry: Geometry, pools: LayerPools, batch: SparseBatch, query: Tensor
+    def decode_layer(
+        self,
+        geometry: Geometry,
+        pools: LayerPools,
+        batch: SparseBatch,
+        query: Tensor,
+        rotation: Tensor,
+        out: DecodeOutputs,
     ) -> None:
         if geometry.group_size > MAX_GROUP:
-            super().select(geometry, pools, batch, query)
+            super().decode_layer(geometry, pools, batch, query, rotation, out)
             return
-        if pools.scales.dtype.itemsize == 2 and geometry.index_dim <= MAX_CHANNELS:
-            self.score_tokens(geometry, pools, batch)
-        else:
-            score_tokens(geometry, pools, batch, self._work)
-        if not batch.token_bits_only:
-            score_summaries(geometry, pools, batch, query, self._work)
-        self.rank_sentences(geometry, pools, batch)
+        quantize_query(query, rotation, self._work.levels, self._work.steps)
+        self.score(geometry, pools, batch, query)
+        self.select_and_swap_in(geometry, pools, batch, out)
 
-    def score_tokens(self, geometry: Geometry, pools: LayerPools, batch: SparseBatch) -> None:
-        """Logits of TOKEN_BITS requests, to `best` of the workspace."""
+    def score(
+        self, geometry: Geometry, pools: LayerPools, batch: SparseBatch, query: Tensor
+    ) -> None:
+        """Logits of all sentences, to `best` of the workspace."""
         work = self._work
-        torch.ops.sentencekv.score_tokens(
-            pools.bits,
-            pools.scales,
-            work.levels,
-            work.steps,
+        if pools.scales.dtype.itemsize == 2 and geometry.index_dim <= MAX_CHANNELS:
+            torch.ops.sentencekv.score_tokens(
+                pools.bits,
+                pools.scales,
+                work.levels,
+                work.steps,
+                batch.pages,
+                batch.num_pages,
+                batch.sentence_ends,
+                batch.num_sentences,
+                work.first,
+                batch.history_lo,
+                batch.history_hi,
+                batch.index_kind,
+                batch.reduce,
+                batch.byte_rows,
+                work.best,
+                work.partial,
+                geometry.scale,
+            )
+        else:
+            score_tokens(geometry, pools, batch, work)
+        if not batch.token_bits_only:
+            score_summaries(geometry, pools, batch, query, work)
+
+    def rank(self, geometry: Geometry, pools: LayerPools, batch: SparseBatch) -> None:
+        """From the logits to the selected blocks."""
+        torch.ops.sentencekv.rank_sentences(*self._rank_arguments(geometry, pools, batch))
+
+    def select_and_swap_in(
+        self, geometry: Geometry, pools: LayerPools, batch: SparseBatch, out: DecodeOutputs
+    ) -> None:
+        """`rank` and `reuse_selection` in one launch."""
+        torch.ops.sentencekv.decode_selection(
+            *self._rank_arguments(geometry, pools, batch),
             batch.pages,
-            batch.num_pages,
-            batch.sentence_ends,
-            batch.num_sentences,
-            work.first,
-            batch.history_lo,
-            batch.history_hi,
-            batch.index_kind,
-            batch.reduce,
-            batch.byte_rows,
-            work.best,
-            work.partial,
-            geometry.scale,
+            batch.private_blocks,
+            pools.page_slot,
+            pools.slot_page,
+            pools.slot_stamp,
+            out.head_tables,
+            self._misses,
+            self._miss_counts,
+            out.hits,
+            out.misses,
+            out.coverage,
+            pools.host,
+            pools.cache,
         )
 
-    def rank_sentences(self, geometry: Geometry, pools: LayerPools, batch: SparseBatch) -> None:
-        """From the logits to the selected blocks."""
+    def _rank_arguments(
+        self, geometry: Geometry, pools: LayerPools, batch: SparseBatch
+    ) -> tuple[Tensor | int, ...]:
         work = self._work
-        torch.ops.sentencekv.rank_sentences(
+        return (
             work.best,
             work.partial,
             batch.row_pages,
@@ -79,7 +115,6 @@ class CudaOps(TritonOps):  # type: ignore[misc]  # mypy does not follow the mapp
             batch.num_pages,
             batch.sentence_ends,
             batch.num_sentences,
-            work.first,
             batch.history_lo,
             batch.history_hi,
             batch.budget_blocks,

@@ -11,9 +11,10 @@
 
 namespace sentencekv {
 
-constexpr int kRankThreads = 1024;
+constexpr int kRankThreads = 512;
 constexpr int kRankWarps = kRankThreads / kWarp;
 constexpr int kRankGroup = 8;  // query heads a KV head at most
+constexpr int kFewBlocks = 4, kManyBlocks = 16;  // of the history a thread at most
 
 /// S requests, H KV heads, G query heads a KV head, I sentences, N tokens and M rows a page.
 struct RankSentencesArgs {
@@ -24,7 +25,6 @@ struct RankSentencesArgs {
   const int32_t* num_pages;      // [S]
   const int32_t* sentence_ends;  // [S, .]
   const int32_t* num_sentences;  // [S]
-  const int32_t* first;          // [S, .]
   const int32_t* history_lo;     // [S] blocks
   const int32_t* history_hi;     // [S]
   const int32_t* budget_blocks;  // [S]
@@ -37,15 +37,29 @@ struct RankSentencesArgs {
   float* mass;                   // [S, H, I + 1] the same, and the resident tokens' at I
   int32_t* blocks;               // [S, H, K] written: ascending, then -1
   float* coverage;               // [S, H] written
-  int64_t row_pages_stride, ends_stride, first_stride;
+  int64_t row_pages_stride, ends_stride;
   int32_t num_requests, num_heads, group, block_size, rows_per_page;
   int32_t max_sentences, max_chunks, max_selected, max_blocks;
-  int32_t chunk_tokens, granule;
+  int32_t chunk_tokens;
   int32_t token_bits, random, softmax_mean, max_of_group;  // values of the enumerations
 };
 
-inline size_t rank_shared_bytes() {
-  return sizeof(float) * (kRankWarps * 2 + 3) * kRankGroup + sizeof(int32_t) * (4 * kRankWarps + 1);
+/// What the block shares: a part of fixed size and a key for each block of the longest request.
+struct RankShared {
+  float merged[kRankWarps][2][kRankGroup];
+  float shares[2][kRankGroup];
+  float log_totals[kRankGroup];
+  int32_t sums[4][kRankWarps];
+  int32_t end_sentence;
+  uint32_t keys[1];
+};
+
+inline bool rank_fits(const RankSentencesArgs& a) {
+  return a.group <= kRankGroup && a.max_blocks <= kManyBlocks * kRankThreads;
+}
+
+inline size_t rank_shared_bytes(const RankSentencesArgs& a) {
+  return sizeof(RankShared) + sizeof(uint32_t) * a.max_blocks;
 }
 
 /// triton_kernels/score_sentences.py: random_score.
@@ -56,26 +70,26 @@ __device__ inline float random_score(uint32_t seed, uint32_t step, uint32_t head
   return static_cast<float>(x ^ x >> 16) * (1.0f / 4294967296.0f);
 }
 
-/// Grid (H, S). kGroup: query heads a KV head at most; kPer: consecutive blocks of the history that
-/// a thread has at most.
-template <int kGroup, int kPer>
-static __global__ void __launch_bounds__(kRankThreads)
-    rank_sentences_kernel(const RankSentencesArgs a) {
-  extern __shared__ __align__(16) unsigned char shared_memory[];
-  float* merged = reinterpret_cast<float*>(shared_memory);  // [warps, 2, kRankGroup]
-  float* shares = merged + kRankWarps * 2 * kRankGroup;                  // [2, kRankGroup]
-  float* log_totals = shares + 2 * kRankGroup;                           // [kRankGroup]
-  int32_t* sums = reinterpret_cast<int32_t*>(log_totals + kRankGroup);   // [4, warps]
-  int32_t* found = sums + 4 * kRankWarps;
+/// Where a sentence lies in the history, in tokens; nowhere if `end` is not above `start`.
+struct Span {
+  int start, end;
+};
 
-  const int h = blockIdx.x, s = blockIdx.y, heads = a.num_heads, group = a.group;
+/// One block of threads ranks the sentences of KV head h of request s and selects.
+///
+/// A thread takes `kAtOnce` sentences, so that their loads are on the way together.
+/// kGroup: query heads a KV head at most; kPer: blocks of the history a thread at most.
+template <int kGroup, int kPer>
+__device__ inline void rank_sentences(const RankSentencesArgs& a, RankShared& shared, int h,
+                                      int s) {
+  constexpr int kAtOnce = kGroup > 4 ? 2 : 4;
+  const int heads = a.num_heads, group = a.group;
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int64_t head = static_cast<int64_t>(s) * heads + h;
   const int kind = a.index_kind[s], mode = a.reduce[s], count = a.num_sentences[s];
   const int n = a.block_size, lo = a.history_lo[s], hi = a.history_hi[s];
-  const int lo_token = lo * n, hi_token = hi * n, budget = a.budget_blocks[s];
+  const int budget = a.budget_blocks[s];
   const int32_t* ends = a.sentence_ends + s * a.ends_stride;
-  const int32_t* first = a.first + s * a.first_stride;
   const int32_t* row_pages = a.row_pages + s * a.row_pages_stride;
   int32_t* best = a.best + head * group * a.max_sentences;
   float* scores = a.scores + head * a.max_sentences;
@@ -84,15 +98,19 @@ static __global__ void __launch_bounds__(kRankThreads)
   const bool share = kind != a.random && mode == a.softmax_mean;
   const float nan = float_of(0x7fc00000u);
 
-  const auto touches = [&](int i) {
-    const int start = i > 0 ? ends[i - 1] : 0;
-    return max(start, lo_token) < min(ends[i], hi_token);
+  const auto span_of = [&](int i) {
+    if (i >= count) return Span{0, 0};
+    return Span{max(i > 0 ? ends[i - 1] : 0, lo * n), min(ends[i], hi * n)};
   };
+  const auto code_of = [&](int g, int i) { return best + static_cast<int64_t>(g) * a.max_sentences + i; };
   const auto kept_flag = [&](int i) {
     const int64_t row = static_cast<int64_t>(row_pages[i / a.rows_per_page]) * a.rows_per_page +
                         i % a.rows_per_page;
     return a.kept + row * heads + h;
   };
+
+  for (int j = thread; j < hi - lo; j += kRankThreads) shared.keys[j] = 0;
+  if (thread == 0) shared.end_sentence = count;
 
   // The denominator of each query head: resident tokens and all sentences of the history.
   if (share) {
@@ -107,96 +125,125 @@ static __global__ void __launch_bounds__(kRankThreads)
       }
       resident.merge_over(kWarp - 1);
       if (lane == 0) {
-        shares[warp] = resident.top;
-        shares[kRankGroup + warp] = resident.total;
+        shared.shares[0][warp] = resident.top;
+        shared.shares[1][warp] = resident.total;
       }
     }
     LogSum total[kGroup];
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) total[g] = LogSum::none();
-    for (int i = thread; i < count; i += kRankThreads) {
-      if (!touches(i)) continue;
+    for (int first = thread; first < count; first += kAtOnce * kRankThreads) {
+      float logits[kAtOnce][kGroup];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int i = first + k * kRankThreads;
+        const Span span = span_of(i);
+#pragma unroll
+        for (int g = 0; g < kGroup; ++g) {
+          const bool known = i < count && g < group;
+          const float logit = known ? from_ordered(*code_of(g, i)) : 0.0f;
+          logits[k][g] = known && span.start < span.end ? logit : minus_infinity();
+        }
+      }
 #pragma unroll
       for (int g = 0; g < kGroup; ++g) {
-        if (g < group) {
-          total[g].add(from_ordered(best[static_cast<int64_t>(g) * a.max_sentences + i]));
-        }
+        float top = total[g].top;
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) top = fmaxf(top, logits[k][g]);
+        if (top == minus_infinity()) continue;
+        float sum = total[g].total * expf(total[g].top - top);
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) sum += expf(logits[k][g] - top);
+        total[g] = {top, sum};
       }
     }
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
-      total[g].merge_over(kWarp - 1);
+      const float top = max_over(total[g].top, kWarp - 1);
+      const float scaled = top == minus_infinity() ? 0.0f : total[g].total * expf(total[g].top - top);
+      const float sum = sum_over(scaled, kWarp - 1);
       if (lane == 0) {
-        merged[(warp * 2 + 0) * kRankGroup + g] = total[g].top;
-        merged[(warp * 2 + 1) * kRankGroup + g] = total[g].total;
+        shared.merged[warp][0][g] = top;
+        shared.merged[warp][1][g] = sum;
       }
     }
     __syncthreads();
     if (warp < group) {
-      const LogSum resident{shares[warp], shares[kRankGroup + warp]};
-      LogSum all{merged[(lane * 2 + 0) * kRankGroup + warp],
-                 merged[(lane * 2 + 1) * kRankGroup + warp]};
+      const LogSum resident{shared.shares[0][warp], shared.shares[1][warp]};
+      LogSum all = LogSum::none();
+      if (lane < kRankWarps) all = {shared.merged[lane][0][warp], shared.merged[lane][1][warp]};
       all.merge_over(kWarp - 1);
       all.merge(resident);
       if (lane == 0) {
         const float log_total = all.top + logf(all.total);
-        log_totals[warp] = log_total;
+        shared.log_totals[warp] = log_total;
         const bool none = resident.total == 0.0f;
-        shares[warp] = none ? 0.0f : resident.total * expf(resident.top - log_total);
+        shared.shares[0][warp] = none ? 0.0f : resident.total * expf(resident.top - log_total);
       }
     }
-    __syncthreads();
   }
+  __syncthreads();
   float resident_mass = share ? 0.0f : nan;
   if (share) {
-    for (int g = 0; g < group; ++g) resident_mass += shares[g];
+    for (int g = 0; g < group; ++g) resident_mass += shared.shares[0][g];
     resident_mass /= group;
   }
 
+  // A block's key is that of its best sentence; above 0 as an unsigned number, if it has one.
   const float bonus = a.retention[s];
-  for (int i = thread; i < count; i += kRankThreads) {
-    const bool inside = touches(i);
-    float score = minus_infinity();
-    if (kind == a.random) {
-      score = random_score(a.seeds[s], *a.step, h, i);
-    } else if (inside) {
-      float logits[kGroup];
+  const uint32_t seed = a.seeds[s], step = *a.step;
+  for (int first = thread; first < count; first += kAtOnce * kRankThreads) {
+    float logits[kAtOnce][kGroup];
+    Span spans[kAtOnce];
+    float bonuses[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = first + k * kRankThreads;
+      spans[k] = span_of(i);
+      const bool ranked = i < count && kind != a.random;
 #pragma unroll
       for (int g = 0; g < kGroup; ++g) {
-        if (g >= group) continue;
-        int32_t* code = best + static_cast<int64_t>(g) * a.max_sentences + i;
-        logits[g] = from_ordered(*code);
-        *code = kLowest;
+        logits[k][g] = ranked && g < group ? from_ordered(*code_of(g, i)) : 0.0f;
       }
-      if (mode == a.softmax_mean) {
+      bonuses[k] = ranked && spans[k].start < spans[k].end ? bonus * *kept_flag(i) : 0.0f;
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = first + k * kRankThreads;
+      if (i >= count) continue;
+      const bool inside = spans[k].start < spans[k].end;
+      float score = 0.0f;
+      if (kind == a.random) {
+        score = random_score(seed, step, h, i);
+      } else if (inside) {
         float largest = minus_infinity(), sum = 0.0f;
 #pragma unroll
         for (int g = 0; g < kGroup; ++g) {
-          if (g < group) largest = fmaxf(largest, logits[g] -= log_totals[g]);
+          if (g >= group) continue;
+          *code_of(g, i) = kLowest;
+          if (mode == a.softmax_mean) logits[k][g] -= shared.log_totals[g];
+          largest = fmaxf(largest, logits[k][g]);
         }
         // Relative to the largest: a mean below the smallest float keeps its rank.
 #pragma unroll
         for (int g = 0; g < kGroup; ++g) {
-          if (g < group) sum += expf(logits[g] - largest);
+          if (g >= group) continue;
+          sum += mode == a.softmax_mean ? expf(logits[k][g] - largest) : logits[k][g];
         }
-        score = largest + logf(sum / group);
-      } else if (mode == a.max_of_group) {
-#pragma unroll
-        for (int g = 0; g < kGroup; ++g) {
-          if (g < group) score = fmaxf(score, logits[g]);
+        score = mode == a.softmax_mean     ? largest + logf(sum / group)
+                : mode == a.max_of_group ? largest
+                                         : sum / group;
+      }
+      mass[i] = share ? (inside ? expf(score) : 0.0f) : nan;
+      score = inside ? score + bonuses[k] : minus_infinity();
+      scores[i] = score;
+      if (score > minus_infinity()) {
+        const uint32_t key = static_cast<uint32_t>(to_ordered(score)) ^ 0x80000000u;
+        for (int j = spans[k].start / n; j * n < spans[k].end; ++j) {
+          atomicMax(&shared.keys[j - lo], key);
         }
-      } else {
-        score = 0.0f;
-#pragma unroll
-        for (int g = 0; g < kGroup; ++g) {
-          if (g < group) score += logits[g];
-        }
-        score /= group;
       }
     }
-    mass[i] = share ? (inside ? expf(score) : 0.0f) : nan;
-    if (kind != a.random && inside) score += bonus * *kept_flag(i);
-    scores[i] = inside ? score : minus_infinity();
   }
   if (thread == 0) mass[a.max_sentences] = resident_mass;
 
@@ -206,29 +253,13 @@ static __global__ void __launch_bounds__(kRankThreads)
     if (thread == 0) a.coverage[head] = 1.0f;
     return;
   }
-  __syncthreads();  // scores
+  __syncthreads();  // keys
 
-  // A block's key is that of its best sentence; above 0 as an unsigned number, if it has one.
-  const int per = (hi - lo + kRankThreads - 1) / kRankThreads, begin = lo + thread * per;
-  const int own = max(0, min(per, hi - begin));
+  const int per = (hi - lo + kRankThreads - 1) / kRankThreads, begin = thread * per;
+  const int own = max(0, min(per, hi - lo - begin));
   uint32_t keys[kPer];
 #pragma unroll
-  for (int m = 0; m < kPer; ++m) {
-    keys[m] = 0;
-    if (m >= own) continue;
-    const int j = begin + m, per_block = n / a.granule;
-    const int sentence = first[j * per_block];
-    int last = first[(j + 1) * per_block];
-    // The sentence of the next block's first token may begin there.
-    if (last > sentence && ends[last - 1] == (j + 1) * n) --last;
-    last = min(last, count - 1);
-    int32_t code = kLowest;
-    for (int i = sentence; i <= last; ++i) {
-      const float score = scores[i];
-      if (score > minus_infinity()) code = max(code, to_ordered(score));
-    }
-    keys[m] = static_cast<uint32_t>(code) ^ 0x80000000u;
-  }
+  for (int m = 0; m < kPer; ++m) keys[m] = m < own ? shared.keys[begin + m] : 0;
 
   // The largest threshold that at least `budget` keys reach, from the highest bits down.
   uint32_t threshold = 0;
@@ -241,41 +272,39 @@ static __global__ void __launch_bounds__(kRankThreads)
       low += (keys[m] >= (threshold | 2u << bit)) << 16;
       high += keys[m] >= (threshold | 3u << bit);
     }
-    int32_t* warp_sums = sums + (bit / 2 % 2) * 2 * kRankWarps;  // the round before may be reading
+    int32_t (*sums)[kRankWarps] = shared.sums + bit / 2 % 2 * 2;  // the others may be being read
     low = warp_sum(low);
     high = warp_sum(high);
     if (lane == 0) {
-      warp_sums[warp] = low;
-      warp_sums[kRankWarps + warp] = high;
+      sums[0][warp] = low;
+      sums[1][warp] = high;
     }
     __syncthreads();
-    low = warp_sum(warp_sums[lane]);
-    high = warp_sum(warp_sums[kRankWarps + lane]);
+    low = warp_sum(lane < kRankWarps ? sums[0][lane] : 0);
+    high = warp_sum(lane < kRankWarps ? sums[1][lane] : 0);
     const int digit = ((low & 0xffff) >= budget) + ((low >> 16) >= budget) + (high >= budget);
     threshold |= static_cast<uint32_t>(digit) << bit;
   }
 
-  int above = 0, tied = 0;
+  int both = 0;  // keys above the threshold and, 16 bits up, those at it
 #pragma unroll
   for (int m = 0; m < kPer; ++m) {
     if (m >= own) continue;
-    above += keys[m] > threshold;
-    tied += keys[m] == threshold;
+    both += (keys[m] > threshold) + ((keys[m] == threshold) << 16);
   }
-  const Scan ties = block_scan(tied, sums);
-  const int missing = budget - block_scan(above, sums).total;
-  const int taken_ties = max(0, min(tied, missing - ties.before));
-  const Scan chosen = block_scan(above + taken_ties, sums);
-  int position = chosen.before, left = taken_ties, last_tied = -1;
+  const Scan scan = block_scan(both, shared.sums[0]);
+  const int missing = budget - (scan.total & 0xffff), ties_before = scan.before >> 16;
+  int position = (scan.before & 0xffff) + min(ties_before, missing);
+  int left = max(0, missing - ties_before), last_tied = -1;
 #pragma unroll
   for (int m = 0; m < kPer; ++m) {
     if (m >= own) continue;
     const bool tie = keys[m] == threshold;
     if (keys[m] > threshold || (tie && left > 0)) {
-      blocks[position++] = begin + m;
+      blocks[position++] = lo + begin + m;
       if (tie) {
         --left;
-        last_tied = begin + m;
+        last_tied = lo + begin + m;
       }
     }
   }
@@ -283,36 +312,57 @@ static __global__ void __launch_bounds__(kRankThreads)
   // The last tied block came with the first sentence of that score that touches it; equally good
   // sentences after it were not taken.
   last_tied = max_over(last_tied, kWarp - 1);
+  if (lane == 0) shared.sums[1][warp] = last_tied;
   __syncthreads();
-  if (lane == 0) sums[warp] = last_tied;
-  if (thread == 0) found[0] = count;
-  __syncthreads();
-  const int end_block = max_over(sums[lane], kWarp - 1);
+  const int end_block = max_over(lane < kRankWarps ? shared.sums[1][lane] : -1, kWarp - 1);
   const int32_t end_code = static_cast<int32_t>(threshold ^ 0x80000000u);
-  if (end_block >= 0) {
-    const int from = first[end_block * (n / a.granule)];
-    for (int i = from + thread; i < min(count, from + n); i += kRankThreads) {
-      if (to_ordered(scores[i]) == end_code) atomicMin(found, i);
+  for (int i = thread; i < count; i += kRankThreads) {
+    if (to_ordered(scores[i]) != end_code) continue;
+    const Span span = span_of(i);
+    if (span.start < (end_block + 1) * n && span.end > end_block * n) {
+      atomicMin(&shared.end_sentence, i);
     }
   }
   __syncthreads();
-  const int end_sentence = found[0];
+  const int end_sentence = shared.end_sentence;
   float covered = 0.0f;
-  for (int i = thread; i < count; i += kRankThreads) {
-    const float score = scores[i];
-    const int32_t code = to_ordered(score);
-    const bool taken = score > minus_infinity() &&
-                       (code > end_code || (code == end_code && i <= end_sentence));
-    *kept_flag(i) = taken;
-    if (taken) covered += mass[i];
+  for (int first = thread; first < count; first += kAtOnce * kRankThreads) {
+    float ranks[kAtOnce], parts[kAtOnce];
+    uint8_t* flags[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = first + k * kRankThreads;
+      ranks[k] = i < count ? scores[i] : minus_infinity();
+      parts[k] = i < count ? mass[i] : 0.0f;
+      flags[k] = i < count ? kept_flag(i) : nullptr;
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = first + k * kRankThreads;
+      if (i >= count) continue;
+      const int32_t code = to_ordered(ranks[k]);
+      const bool taken = ranks[k] > minus_infinity() &&
+                         (code > end_code || (code == end_code && i <= end_sentence));
+      *flags[k] = taken;
+      if (taken) covered += parts[k];
+    }
   }
   covered = sum_over(covered, kWarp - 1);
-  if (lane == 0) merged[warp] = covered;
+  if (lane == 0) shared.merged[warp][0][0] = covered;
   __syncthreads();
   if (warp == 0) {
-    covered = sum_over(merged[lane], kWarp - 1);
+    covered = sum_over(lane < kRankWarps ? shared.merged[lane][0][0] : 0.0f, kWarp - 1);
     if (lane == 0) a.coverage[head] = covered + resident_mass;
   }
+}
+
+/// Grid (H, S).
+template <int kGroup, int kPer>
+static __global__ void __launch_bounds__(kRankThreads, 1)
+    rank_sentences_kernel(const RankSentencesArgs a) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  rank_sentences<kGroup, kPer>(a, *reinterpret_cast<RankShared*>(shared_memory), blockIdx.x,
+                               blockIdx.y);
 }
 
 }  // namespace sentencekv

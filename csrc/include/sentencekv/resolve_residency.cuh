@@ -41,17 +41,17 @@ inline size_t resolve_shared_bytes(const ResolveResidencyArgs& a) {
   return sizeof(int32_t) * (padded(a.num_slots) + a.max_blocks + kMaxResolveThreads / kWarp);
 }
 
-/// One block per (KV head, request). A page and a slot belong to one request, so blocks share
-/// nothing but the totals.
-static __global__ void __launch_bounds__(kMaxResolveThreads)
-    resolve_residency_kernel(const ResolveResidencyArgs a) {
-  extern __shared__ __align__(16) unsigned char shared_memory[];
+/// One block of threads gives the selection of KV head h of request s its slots. A page and a slot
+/// belong to one request, so blocks share nothing but the totals. Returns the number of misses,
+/// whose rows other threads may read after a barrier.
+__device__ inline int resolve_residency(const ResolveResidencyArgs& a,
+                                        unsigned char* shared_memory, int h, int s) {
   const int padded_slots = padded(a.num_slots);
   int32_t* stamps = reinterpret_cast<int32_t*>(shared_memory);  // [padded_slots]
   int32_t* missing = stamps + padded_slots;                     // [K] positions in the selection
   int32_t* warp_totals = missing + a.max_blocks;
 
-  const int h = blockIdx.x, s = blockIdx.y, heads = a.num_heads;
+  const int heads = a.num_heads;
   const int64_t region = static_cast<int64_t>(s) * heads + h;
   const int32_t* blocks = a.blocks + region * a.max_blocks;
   const int32_t* pages = a.pages + s * a.pages_stride;
@@ -81,13 +81,8 @@ static __global__ void __launch_bounds__(kMaxResolveThreads)
     a.miss_counts[region] = num_missing;
     atomicAdd(&a.hit_totals[s], static_cast<unsigned long long>(budget - num_missing));
     atomicAdd(&a.miss_totals[s], static_cast<unsigned long long>(num_missing));
-    if (h == 0) {
-      float sum = 0;
-      for (int other = 0; other < heads; ++other) sum += a.coverage[region + other];
-      a.coverage_totals[s] += sum / heads;
-    }
   }
-  if (num_missing == 0) return;
+  if (num_missing == 0) return 0;
 
   // The barriers of the last scan made the stamps of the hits visible.
   for (int i = threadIdx.x; i < padded_slots; i += blockDim.x) {
@@ -119,6 +114,22 @@ static __global__ void __launch_bounds__(kMaxResolveThreads)
     row[0] = page;
     row[1] = h;
     row[2] = slot;
+  }
+  return num_missing;
+}
+
+/// Grid (H, S).
+[[maybe_unused]] static __global__ void __launch_bounds__(kMaxResolveThreads)
+    resolve_residency_kernel(const ResolveResidencyArgs a) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  const int h = blockIdx.x, s = blockIdx.y;
+  resolve_residency(a, shared_memory, h, s);
+  if (threadIdx.x == 0 && h == 0) {
+    float sum = 0;
+    for (int other = 0; other < a.num_heads; ++other) {
+      sum += a.coverage[static_cast<int64_t>(s) * a.num_heads + other];
+    }
+    a.coverage_totals[s] += sum / a.num_heads;
   }
 }
 

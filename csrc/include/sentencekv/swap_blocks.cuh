@@ -75,8 +75,26 @@ __device__ inline int first_above(const int32_t* ends, int count, int value) {
   return lo;
 }
 
+/// A warp copies piece `piece` of the head-block that a row of `misses` names.
+__device__ inline void gather_piece(const GatherMissesArgs& a, const int32_t* row, int piece) {
+  const int64_t page = row[0], head = row[1], block = row[2];
+  copy_piece(static_cast<const char*>(a.host) + (page * a.num_heads + head) * a.head_block_bytes,
+             static_cast<char*>(a.cache) + block * a.cache_block_stride +
+                 head * a.cache_head_stride,
+             a.head_block_bytes, piece);
+}
+
+/// One block of threads copies the first `count` misses of its own region.
+__device__ inline void gather_region(const GatherMissesArgs& a, int64_t region, int count) {
+  const int pieces = pieces_of(a.head_block_bytes), warps = blockDim.x / kWarp;
+  const int32_t* rows = a.misses + region * a.max_blocks * 3;
+  for (int unit = threadIdx.x / kWarp; unit < count * pieces; unit += warps) {
+    gather_piece(a, rows + unit / pieces * 3, unit % pieces);
+  }
+}
+
 /// A fixed grid whose warps take the pieces of all misses in turn.
-static __global__ void __launch_bounds__(kCopyThreads)
+[[maybe_unused]] static __global__ void __launch_bounds__(kCopyThreads)
     gather_misses_kernel(const GatherMissesArgs a) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   int32_t* ends = reinterpret_cast<int32_t*>(shared_memory);  // [regions] running sum of counts
@@ -95,22 +113,17 @@ static __global__ void __launch_bounds__(kCopyThreads)
   const int pieces = pieces_of(a.head_block_bytes);
   const int64_t units = static_cast<int64_t>(total) * pieces;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
-  const char* host = static_cast<const char*>(a.host);
-  char* cache = static_cast<char*>(a.cache);
   for (int64_t unit = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
        unit < units; unit += stride) {
     const int miss = static_cast<int>(unit / pieces), piece = static_cast<int>(unit % pieces);
     const int region = first_above(ends, a.num_regions, miss);
     const int rank = miss - (region > 0 ? ends[region - 1] : 0);
     const int32_t* row = a.misses + (static_cast<int64_t>(region) * a.max_blocks + rank) * 3;
-    const int64_t page = row[0], head = row[1], block = row[2];
-    copy_piece(host + (page * a.num_heads + head) * a.head_block_bytes,
-               cache + block * a.cache_block_stride + head * a.cache_head_stride,
-               a.head_block_bytes, piece);
+    gather_piece(a, row, piece);
   }
 }
 
-static __global__ void __launch_bounds__(kCopyThreads)
+[[maybe_unused]] static __global__ void __launch_bounds__(kCopyThreads)
     copy_pages_kernel(const CopyPagesArgs a) {
   const int pieces = pieces_of(a.page_bytes);
   const int64_t units = static_cast<int64_t>(a.num_pairs) * pieces;
