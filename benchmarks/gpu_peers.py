@@ -55,14 +55,15 @@ def sdpa(cache: DenseCache) -> Callable[[], Tensor]:
 
 
 def vllm_flash_attention(cache: DenseCache) -> Callable[[], Tensor]:
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     keys, values, table = cache.paged_keys, cache.paged_values, cache.block_table
-    starts = cache.query_starts
+    starts, version = cache.query_starts, get_flash_attn_version()
     return lambda: flash_attn_varlen_func(
         cache.query, keys, values, max_seqlen_q=1, cu_seqlens_q=starts,
         max_seqlen_k=cache.context, seqused_k=cache.lengths, softmax_scale=cache.scale,
-        causal=True, block_table=table,
+        causal=True, block_table=table, fa_version=version,
     )  # fmt: skip
 
 

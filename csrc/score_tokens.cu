@@ -12,12 +12,15 @@ extern "C" cudaError_t sentencekv_score_tokens(const ScoreTokensArgs* args, cuda
       a.block_size % sentencekv::kGranule != 0) {
     return cudaErrorInvalidValue;
   }
-  const bool two_sets = a.group > sentencekv::kSetHeads;
-  const bool two_steps = a.num_byte_rows > sentencekv::kStepBytes;
-  const auto kernel = two_sets ? (two_steps ? sentencekv::score_tokens_kernel<2, 2>
-                                            : sentencekv::score_tokens_kernel<2, 1>)
-                               : (two_steps ? sentencekv::score_tokens_kernel<1, 2>
-                                            : sentencekv::score_tokens_kernel<1, 1>);
+  const bool one_set = a.group <= sentencekv::kSetHeads;
+  const bool one_step = a.num_byte_rows <= sentencekv::kStepBytes;
+  const bool full = a.num_byte_rows == sentencekv::kStepBytes;
+  const auto kernel = full       ? (one_set ? sentencekv::score_tokens_kernel<1, 1, true>
+                                            : sentencekv::score_tokens_kernel<2, 1, true>)
+                      : one_step ? (one_set ? sentencekv::score_tokens_kernel<1, 1, false>
+                                            : sentencekv::score_tokens_kernel<2, 1, false>)
+                                 : (one_set ? sentencekv::score_tokens_kernel<1, 2, false>
+                                            : sentencekv::score_tokens_kernel<2, 2, false>);
   return sentencekv::launch(kernel, dim3(a.num_chunks, a.num_requests * a.num_heads),
                             sentencekv::kScoreThreads, sentencekv::score_shared_bytes(a), stream, a);
 }

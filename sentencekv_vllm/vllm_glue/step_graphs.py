@@ -13,6 +13,7 @@ run_fullgraph), v1/worker/gpu/model_runner.py (GPUModelRunner.execute_model).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,11 @@ from vllm.config import CUDAGraphMode
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.forward_context import set_forward_context
 
+from ..worker.graphs import CannotRecord
 from ..worker.runtime import Runtime
 from .metadata import current_runtime
+
+logger = logging.getLogger(__name__)
 
 CAPTURE_PARAMETERS = (
     *("self", "model", "model_state", "input_buffers", "intermediate_tensors", "block_tables"),
@@ -92,7 +96,18 @@ def run_fullgraph(original: Callable[..., Any], manager: Any, desc: Any) -> Any:
     attn_metadata = get_kv_transfer_group().attn_metadata
     calls = next(iter(attn_metadata.values())).split.sparse  # plans the step; all layers share it
     kind = tuple((call.plan.graphs, call.plan.layers, call.plan.variant) for call in calls)
-    calls[0].plan.graphs.run(
-        (desc, *kind), lambda: manager.sentencekv_forward(manager, desc.num_tokens, attn_metadata)
-    )
+
+    def forward() -> None:
+        manager.sentencekv_forward(manager, desc.num_tokens, attn_metadata)
+
+    try:
+        calls[0].plan.graphs.run((desc, *kind), forward)
+    except CannotRecord as error:
+        logger.warning(
+            "SentenceKV: a decode step could not be recorded as one CUDA graph (%s). It runs "
+            "without, and the steps after it between piecewise graphs.",
+            error,
+        )
+        forward()
+        del manager.sentencekv_forward
     return manager.hidden_states[: desc.num_tokens]

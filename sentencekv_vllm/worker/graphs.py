@@ -11,6 +11,10 @@ import torch
 Work = Callable[[], None]
 
 
+class CannotRecord(RuntimeError):
+    """Work could not be captured, and was not done."""
+
+
 class Graph(Protocol):
     """Work on tensors that stay where they are."""
 
@@ -53,7 +57,11 @@ class Graphs:
         return self._kept[key]
 
     def run(self, key: Hashable, work: Work) -> None:
-        """Do `work`, which must be the same for a key but for the content of its tensors."""
+        """Do `work`, which must be the same for a key but for the content of its tensors.
+
+        Raises:
+            CannotRecord: the device refused to capture it.
+        """
         if Graphs._working:
             work()
             return
@@ -68,7 +76,10 @@ class Graphs:
                     return
                 assert self._new_graph is not None
                 graph = self._new_graph()
-                graph.capture(work)
+                try:
+                    graph.capture(work)
+                except RuntimeError as error:
+                    raise CannotRecord(str(error)) from error
             finally:
                 Graphs._working = False
             self._graphs[key] = graph

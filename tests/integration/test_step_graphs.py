@@ -206,6 +206,31 @@ def test_replayed_whole_steps_equal_steps_without_graphs(monkeypatch):
     assert len(graphs_of(whole)) == 2 and len(graphs_of(layers)) == 1 + LAYERS
 
 
+def test_a_step_that_cannot_be_recorded_runs_and_is_the_last_that_is_tried(monkeypatch, caplog):
+    class Refusing(FakeGraph):
+        def capture(self, work):
+            if work.__name__ == "forward":
+                raise RuntimeError("operation not permitted when stream is capturing")
+            super().capture(work)
+
+    whole = StepWorker(monkeypatch, Refusing, with_graphs=True)
+    layers = StepWorker(monkeypatch, FakeGraph, with_graphs=False)
+    modes = []
+    for _ in range(4):
+        results = []
+        for worker in (whole, layers):
+            connector = worker.connector.kv_connector
+            for module in (metadata, step_graphs):
+                monkeypatch.setattr(
+                    module, "get_kv_transfer_group", lambda connector=connector: connector
+                )
+            results.append(worker.decode())
+        modes.append(results[0][1])
+        assert torch.equal(results[0][0], results[1][0])
+    assert modes == [True, True, False, False]
+    assert "could not be recorded as one CUDA graph (operation not permitted" in caplog.text
+
+
 @pytest.mark.parametrize("change", ["no graphs", "tensor parallel", "more inputs", "ahead"])
 def test_steps_that_cannot_be_one_graph_are_not(monkeypatch, change):
     graph = None if change == "no graphs" else FakeGraph

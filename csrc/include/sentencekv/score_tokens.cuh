@@ -112,46 +112,71 @@ __device__ inline void choose_rows(const int8_t* levels, int group, int num_rows
   __syncthreads();
 }
 
-/// Which byte row lies in byte i of the word that lane quarter q contributes to product `step`;
-/// the rows of one load are neighbours. -1: none.
-__device__ inline int byte_row(int step, int q, int i, int num_rows) {
-  const int rows = min(num_rows - step * kStepBytes, kStepBytes);
-  const int words = (rows + 3) / 4, row = i * words + q;
-  return q < words && row < rows ? step * kStepBytes + row : -1;
-}
+/// The byte rows of one product: byte i of the word that lane quarter q contributes is row
+/// `first + i * stride`, so that the quarters of one load are neighbours.
+template <bool kFull>
+struct StepRows {
+  int first, stride, end;
 
-/// Sign bits and scales of the four tokens that a lane loads of a tile.
-template <int kSteps>
+  __device__ StepRows(int step, int q, int num_rows) {
+    const int begin = step * kStepBytes;
+    end = kFull ? begin + kStepBytes : min(num_rows, begin + kStepBytes);
+    stride = kFull ? kStepBytes / 4 : (end - begin + 3) / 4;
+    first = q < stride ? begin + q : end;
+  }
+
+  __device__ int row(int i) const { return first + i * stride; }
+  __device__ bool has(int i) const { return kFull || row(i) < end; }
+};
+
+/// Where the four tokens lie that a lane loads of a tile.
+struct LaneTokens {
+  int page, column;  // index into the request's pages, token in the page
+
+  __device__ LaneTokens(int token, int block_size)
+      : page(token / block_size), column(token % block_size) {}
+
+  __device__ void advance(int block_size) {
+    page += kTileTokens / block_size;
+    column += kTileTokens % block_size;
+    if (column >= block_size) {
+      column -= block_size;
+      ++page;
+    }
+  }
+};
+
+/// Sign bits and scales of four tokens.
+template <int kSteps, bool kFull>
 struct TileLoad {
   uint32_t words[kSteps][4];
-  uint16_t scales[4];
+  uint32_t scales[2];
 
-  __device__ void read(const ScoreTokensArgs& a, const int32_t* pages, int h, int token,
-                       int num_tokens, int q) {
-    if (token >= num_tokens) {
-      for (auto& step : words) {
-        for (uint32_t& word : step) word = 0;
-      }
-      for (uint16_t& scale : scales) scale = 0;
-      return;
-    }
-    const int n = a.block_size, column = token % n;
-    const int64_t head_page = static_cast<int64_t>(pages[token / n]) * a.num_heads + h;
-    const uint8_t* bits = a.bits + head_page * a.num_byte_rows * n + column;
+  __device__ void read(const ScoreTokensArgs& a, const int32_t* pages, int h, int q,
+                       const LaneTokens& tokens, bool valid) {
+    const int n = a.block_size, num_rows = a.num_byte_rows;
+    const int page = valid ? pages[tokens.page] : 0;
+    const int64_t head_page = static_cast<int64_t>(page) * a.num_heads + h;
+    const uint8_t* bits = a.bits + head_page * num_rows * n + tokens.column;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
+      const StepRows<kFull> rows(step, q, num_rows);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row = byte_row(step, q, i, a.num_byte_rows);
-        words[step][i] = row < 0 ? 0 : *reinterpret_cast<const uint32_t*>(bits + row * n);
+        const bool there = valid && rows.has(i);
+        words[step][i] = there ? *reinterpret_cast<const uint32_t*>(bits + rows.row(i) * n) : 0;
       }
     }
-    const uint32_t* pairs = reinterpret_cast<const uint32_t*>(a.scales + head_page * n + column);
-    const uint32_t low = pairs[0], high = pairs[1];
-    scales[0] = static_cast<uint16_t>(low);
-    scales[1] = static_cast<uint16_t>(low >> 16);
-    scales[2] = static_cast<uint16_t>(high);
-    scales[3] = static_cast<uint16_t>(high >> 16);
+    const uint32_t* pair =
+        reinterpret_cast<const uint32_t*>(a.scales + head_page * n + tokens.column);
+    scales[0] = valid ? pair[0] : 0;
+    scales[1] = valid ? pair[1] : 0;
+  }
+
+  __device__ float scale(const ScoreTokensArgs& a, int k) const {
+    const uint32_t both = scales[k / 2];
+    if (a.scales_are_bf16) return float_of(k % 2 ? both & 0xffff0000u : both << 16);
+    return half_to_float(static_cast<uint16_t>(both >> k % 2 * 16));
   }
 };
 
@@ -178,8 +203,8 @@ struct SentenceWalk {
   }
 };
 
-/// Grid (chunks, S * H). kSets: query heads in fours; kSteps: channels in 128s.
-template <int kSets, int kSteps>
+/// Grid (chunks, S * H). kSets: query heads in fours; kSteps: channels in 128s; kFull: all of them.
+template <int kSets, int kSteps, bool kFull>
 static __global__ void __launch_bounds__(kScoreThreads)
     score_tokens_kernel(const ScoreTokensArgs a) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -199,8 +224,9 @@ static __global__ void __launch_bounds__(kScoreThreads)
 
   const int warp_begin = chunk_begin + warp * kWarpTokens;
   const int warp_end = min(warp_begin + kWarpTokens, num_tokens);
-  TileLoad<kSteps> tile;  // on its way while the planes are made
-  tile.read(a, pages, h, warp_begin + 4 * row, num_tokens, q);
+  LaneTokens tokens(warp_begin + 4 * row, a.block_size);
+  TileLoad<kSteps, kFull> tile;  // on its way while the planes are made
+  tile.read(a, pages, h, q, tokens, warp_begin + 4 * row < num_tokens);
 
   const uint32_t* level_words = reinterpret_cast<const uint32_t*>(a.levels + head * group * num_rows * 8);
   for (int i = threadIdx.x; i < group * num_rows * 2; i += kScoreThreads) {
@@ -219,20 +245,23 @@ static __global__ void __launch_bounds__(kScoreThreads)
 #pragma unroll
   for (int set = 0; set < kSets; ++set) {
     const int column_head = set * kSetHeads + row / 2;
+    const int8_t* column = levels + (column_head < group ? column_head : 0) * num_rows * 8;
 #pragma unroll
-    for (int t = 0; t < kSetTiles; ++t) {
+    for (int step = 0; step < kSteps; ++step) {
+      const StepRows<kFull> rows(step, q, num_rows);
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        uint32_t word = 0;
+      for (int t = 0; t < kSetTiles; ++t) planes[set][t][step] = 0;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int source = byte_row(step, q, i, num_rows);
-          if (source < 0 || column_head >= group || !chosen[source]) continue;
-          const uint32_t* pair = reinterpret_cast<const uint32_t*>(levels + (column_head * num_rows + source) * 8);
+      for (int i = 0; i < 4; ++i) {
+        const int source = rows.has(i) ? rows.row(i) : 0;
+        const bool there = rows.has(i) && column_head < group && chosen[source];
+        const uint32_t* pair = reinterpret_cast<const uint32_t*>(column + source * 8);
+        const uint32_t low = there ? pair[0] : 0, high = there ? pair[1] : 0;
+#pragma unroll
+        for (int t = 0; t < kSetTiles; ++t) {
           const int plane = 2 * t + row % 2;
-          word |= (plane_of(pair[0], plane) | plane_of(pair[1], plane) << 4) << 8 * i;
+          planes[set][t][step] |= (plane_of(low, plane) | plane_of(high, plane) << 4) << 8 * i;
         }
-        planes[set][t][step] = word;
       }
     }
     const int mine = set * kSetHeads + q;
@@ -286,13 +315,9 @@ static __global__ void __launch_bounds__(kScoreThreads)
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) transpose_bytes(tile.words[step], columns[step]);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        scales[k] = a.scales_are_bf16 ? float_of(static_cast<uint32_t>(tile.scales[k]) << 16)
-                                      : half_to_float(tile.scales[k]);
-      }
-      if (begin + kTileTokens < warp_end) {
-        tile.read(a, pages, h, token + kTileTokens, num_tokens, q);
-      }
+      for (int k = 0; k < 4; ++k) scales[k] = tile.scale(a, k);
+      tokens.advance(a.block_size);
+      tile.read(a, pages, h, q, tokens, token + kTileTokens < warp_end);
       float logits[kSets][4];
 #pragma unroll
       for (int set = 0; set < kSets; ++set) {
