@@ -52,6 +52,7 @@ LLAMA_8B = {
     "torch_dtype": "bfloat16",
 }
 LAYER_TOKEN_BYTES = 8 * 128 * 2 * 2  # K and V of one token in a layer of LLAMA_8B
+BLOCK = 32  # tokens: a request has at most 8192 blocks, and 128K tokens are the prompt alone
 ANSWERS = {
     "stock": None,
     "full": {"policy": "full", "stay_dense_when_covered": False, "working_set_tokens": 4096},
@@ -165,7 +166,8 @@ def make_shape(
         return make_llm(
             Path(folder), settings, options.eager, load_format="dummy", skip_tokenizer_init=True,
             max_model_len=longest + 64, max_num_seqs=max(8, requests),
-            enable_prefix_caching=False, gpu_memory_utilization=options.gpu_memory_utilization,
+            enable_prefix_caching=False, block_size=BLOCK,
+            gpu_memory_utilization=options.gpu_memory_utilization,
             kv_cache_memory_bytes=int((1.05 * resident * request_gib + 0.25) * 2**30),
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ from sentencekv_vllm.evaluation.recall_tasks import (
     TASKS,
     first_line,
     is_correct,
+    join_sentences,
     make_prompt,
     score,
 )
@@ -80,3 +81,18 @@ def test_a_second_turn_asks_for_what_the_first_did_not_need(answer_prefix):
 
 def test_other_tasks_have_one_turn():
     assert make_prompt("niah_single", 300, seed=0).next_head == ""
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_long_sentences_ask_the_same_of_the_same_texts(task):
+    plain, joined = (make_prompt(task, 900, seed=6, long_sentences=x) for x in (False, True))
+    assert joined.prompt.replace(";", ".") == plain.prompt
+    assert (joined.target, joined.answers) == (plain.target, plain.answers)
+    assert all(joined.prompt.count(needle) == 1 for needle in joined.needles)
+    # Some sentences are questions or exclamations, and paragraphs end one, too.
+    assert joined.prompt.count(";") > 0.4 * plain.prompt.count(". ")
+
+
+def test_joined_sentences_end_where_a_third_one_or_a_question_does():
+    texts = ["A is 1.", "B is 2.", "C is 3.", "Is D?", "E is 5.", "F is 6."]
+    assert join_sentences(texts) == ["A is 1;", "B is 2;", "C is 3.", "Is D?", "E is 5;", "F is 6."]

@@ -14,9 +14,11 @@ from .scores import Metric, exact_line
 CountTokens = Callable[[str], int]
 """Length of a text without begin-of-text."""
 
-STYLES = ("restated", "answer_prefix")
+STYLES = ("restated", "answer_prefix", "long_sentences")
 """`restated`: the answer repeats the question's key first, so most of the recall happens while
-decoding. `answer_prefix`: the prompt ends with that key (RULER's style)."""
+decoding. `answer_prefix`: the prompt ends with that key (RULER's style). `long_sentences`: as
+`restated`, with three statements to a sentence."""
+DEFAULT_STYLES = STYLES[:2]
 
 TEXT = "text"
 """Style of cells whose items have a `continuation`."""
@@ -116,7 +118,8 @@ def pools(cells: Sequence[Cell]) -> list[Cell]:
 def make_item(cell: Cell, seed: int, count_tokens: CountTokens) -> Item:
     """One recall question.
 
-    The styles of a task ask the same questions about the same texts.
+    The styles of a task ask the same questions about the same texts, which semicolons join under
+    `long_sentences`.
     """
     recall = make_prompt(
         cell.task,
@@ -124,6 +127,7 @@ def make_item(cell: Cell, seed: int, count_tokens: CountTokens) -> Item:
         seed,
         count_tokens,
         answer_prefix=cell.style == "answer_prefix",
+        long_sentences=cell.style == "long_sentences",
     )
     session = cell.task == SESSION
     return Item(

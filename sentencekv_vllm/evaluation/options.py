@@ -13,7 +13,7 @@ from typing import Any
 from ..presets import PACKAGE
 from . import run_presets
 from .benchmark_files import FORMATS
-from .items import STYLES
+from .items import DEFAULT_STYLES, STYLES
 from .long_texts import TEXT_TASKS
 from .recall_tasks import ALL_TASKS
 from .run_presets import PRESETS
@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespa
     every = ",".join(ALL_TASKS)
     known = [*ALL_TASKS, *TEXT_TASKS, NO_TASKS]
     add("--tasks", type=_names(known), default=every, help=f"of {', '.join(known)}")
-    add("--styles", type=_names(STYLES), default=",".join(STYLES))
+    add("--styles", type=_names(STYLES), default=",".join(DEFAULT_STYLES))
     add("--contexts", type=_sizes, default="4096", help="prompt tokens of the tasks")
     add("--data", action="append", default=[], metavar="FORMAT:FILE", help=", ".join(FORMATS))
     add(

@@ -102,6 +102,7 @@ def make_prompt(
     count: int = 3,
     kind: str | None = None,
     answer_prefix: bool = False,
+    long_sentences: bool = False,
     split: str = "test",
 ) -> RecallPrompt:
     """Build a prompt of at most `target_tokens` tokens (usually within 1 % of it).
@@ -116,6 +117,7 @@ def make_prompt(
         count: number of values (multivalue) or keys (multiquery).
         kind: fact kind of the single and multikey tasks; random if None.
         answer_prefix: put the restated key at the end of the prompt, beyond `target_tokens`.
+        long_sentences: three statements become one sentence (`join_sentences`).
         split: which key combinations to use: "test", "train" or "any".
     """
     if task == SESSION:
@@ -161,13 +163,24 @@ def make_prompt(
         places.sort()
     body = plant(rng, filler, query, places)
     while True:
-        text = "".join(paragraphs(random.Random(seed), body))
+        sentences = join_sentences(body) if long_sentences else body
+        text = "".join(paragraphs(random.Random(seed), sentences))
         if count_tokens(text + question) <= target_tokens:
             break
         body.remove(next(s for s in body if s in filler))
-    return RecallPrompt(
-        task, seed, text + head, tuple(query.values), target, tuple(query.needles), *next_turn
-    )
+    # Where the needles are in `text`: their last mark may be another one.
+    needles = tuple(n.removesuffix(".") if long_sentences else n for n in query.needles)
+    return RecallPrompt(task, seed, text + head, tuple(query.values), target, needles, *next_turn)
+
+
+def join_sentences(sentences: Sequence[str], statements: int = 3) -> list[str]:
+    """The same texts, most of them ended by a semicolon: `statements` make a sentence, but where a
+    paragraph, a question or an exclamation ends it earlier."""
+    last = len(sentences) - 1
+    return [
+        s[:-1] + ";" if i % statements < statements - 1 and i < last and s.endswith(".") else s
+        for i, s in enumerate(sentences)
+    ]
 
 
 def plant(

@@ -73,11 +73,14 @@ __device__ inline float random_score(uint32_t seed, uint32_t step, uint32_t head
 /// Where a sentence lies in the history, in tokens; nowhere if `end` is not above `start`.
 struct Span {
   int start, end;
+
+  __device__ bool inside() const { return start < end; }
 };
 
 /// One block of threads ranks the sentences of KV head h of request s and selects.
 ///
-/// A thread takes `kAtOnce` sentences, so that their loads are on the way together.
+/// A thread takes kAtOnce sentences at a time and loads all of theirs before it uses any, from
+/// the last sentence where there are fewer: a branch around a load would end the wait for it.
 /// kGroup: query heads a KV head at most; kPer: blocks of the history a thread at most.
 template <int kGroup, int kPer>
 __device__ inline void rank_sentences(const RankSentencesArgs& a, RankShared& shared, int h,
@@ -98,15 +101,32 @@ __device__ inline void rank_sentences(const RankSentencesArgs& a, RankShared& sh
   const bool share = kind != a.random && mode == a.softmax_mean;
   const float nan = float_of(0x7fc00000u);
 
-  const auto span_of = [&](int i) {
-    if (i >= count) return Span{0, 0};
-    return Span{max(i > 0 ? ends[i - 1] : 0, lo * n), min(ends[i], hi * n)};
+  const auto nth = [&](int first, int k) { return min(first + k * kRankThreads, count - 1); };
+  const auto read_spans = [&](int first, Span (&spans)[kAtOnce]) {
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = nth(first, k), before = ends[max(i - 1, 0)];
+      spans[k] = {max(i > 0 ? before : 0, lo * n), min(ends[i], hi * n)};
+    }
   };
-  const auto code_of = [&](int g, int i) { return best + static_cast<int64_t>(g) * a.max_sentences + i; };
-  const auto kept_flag = [&](int i) {
-    const int64_t row = static_cast<int64_t>(row_pages[i / a.rows_per_page]) * a.rows_per_page +
-                        i % a.rows_per_page;
-    return a.kept + row * heads + h;
+  const auto code_of = [&](int g, int i) {
+    return best + static_cast<int64_t>(min(g, group - 1)) * a.max_sentences + i;
+  };
+  const auto read_codes = [&](int first, int32_t (&codes)[kAtOnce][kGroup]) {
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) codes[k][g] = *code_of(g, nth(first, k));
+    }
+  };
+  const auto find_flags = [&](int first, uint8_t* (&flags)[kAtOnce]) {
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = nth(first, k);
+      const int64_t row = static_cast<int64_t>(row_pages[i / a.rows_per_page]) * a.rows_per_page +
+                          i % a.rows_per_page;
+      flags[k] = a.kept + row * heads + h;
+    }
   };
 
   for (int j = thread; j < hi - lo; j += kRankThreads) shared.keys[j] = 0;
@@ -133,16 +153,17 @@ __device__ inline void rank_sentences(const RankSentencesArgs& a, RankShared& sh
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) total[g] = LogSum::none();
     for (int first = thread; first < count; first += kAtOnce * kRankThreads) {
+      Span spans[kAtOnce];
+      int32_t codes[kAtOnce][kGroup];
+      read_spans(first, spans);
+      read_codes(first, codes);
       float logits[kAtOnce][kGroup];
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
-        const int i = first + k * kRankThreads;
-        const Span span = span_of(i);
+        const bool known = first + k * kRankThreads < count && spans[k].inside();
 #pragma unroll
         for (int g = 0; g < kGroup; ++g) {
-          const bool known = i < count && g < group;
-          const float logit = known ? from_ordered(*code_of(g, i)) : 0.0f;
-          logits[k][g] = known && span.start < span.end ? logit : minus_infinity();
+          logits[k][g] = known && g < group ? from_ordered(codes[k][g]) : minus_infinity();
         }
       }
 #pragma unroll
@@ -193,42 +214,38 @@ __device__ inline void rank_sentences(const RankSentencesArgs& a, RankShared& sh
   const float bonus = a.retention[s];
   const uint32_t seed = a.seeds[s], step = *a.step;
   for (int first = thread; first < count; first += kAtOnce * kRankThreads) {
-    float logits[kAtOnce][kGroup];
     Span spans[kAtOnce];
+    int32_t codes[kAtOnce][kGroup];
+    uint8_t* flags[kAtOnce];
+    read_spans(first, spans);
+    read_codes(first, codes);
+    find_flags(first, flags);
     float bonuses[kAtOnce];
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int i = first + k * kRankThreads;
-      spans[k] = span_of(i);
-      const bool ranked = i < count && kind != a.random;
-#pragma unroll
-      for (int g = 0; g < kGroup; ++g) {
-        logits[k][g] = ranked && g < group ? from_ordered(*code_of(g, i)) : 0.0f;
-      }
-      bonuses[k] = ranked && spans[k].start < spans[k].end ? bonus * *kept_flag(i) : 0.0f;
-    }
+    for (int k = 0; k < kAtOnce; ++k) bonuses[k] = kind == a.random ? 0.0f : bonus * *flags[k];
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       const int i = first + k * kRankThreads;
       if (i >= count) continue;
-      const bool inside = spans[k].start < spans[k].end;
+      const bool inside = spans[k].inside();
       float score = 0.0f;
       if (kind == a.random) {
         score = random_score(seed, step, h, i);
       } else if (inside) {
-        float largest = minus_infinity(), sum = 0.0f;
+        float logits[kGroup], largest = minus_infinity(), sum = 0.0f;
 #pragma unroll
         for (int g = 0; g < kGroup; ++g) {
           if (g >= group) continue;
           *code_of(g, i) = kLowest;
-          if (mode == a.softmax_mean) logits[k][g] -= shared.log_totals[g];
-          largest = fmaxf(largest, logits[k][g]);
+          logits[g] = from_ordered(codes[k][g]);
+          if (mode == a.softmax_mean) logits[g] -= shared.log_totals[g];
+          largest = fmaxf(largest, logits[g]);
         }
         // Relative to the largest: a mean below the smallest float keeps its rank.
 #pragma unroll
         for (int g = 0; g < kGroup; ++g) {
           if (g >= group) continue;
-          sum += mode == a.softmax_mean ? expf(logits[k][g] - largest) : logits[k][g];
+          sum += mode == a.softmax_mean ? expf(logits[g] - largest) : logits[g];
         }
         score = mode == a.softmax_mean     ? largest + logf(sum / group)
                 : mode == a.max_of_group ? largest
@@ -316,11 +333,18 @@ __device__ inline void rank_sentences(const RankSentencesArgs& a, RankShared& sh
   __syncthreads();
   const int end_block = max_over(lane < kRankWarps ? shared.sums[1][lane] : -1, kWarp - 1);
   const int32_t end_code = static_cast<int32_t>(threshold ^ 0x80000000u);
-  for (int i = thread; i < count; i += kRankThreads) {
-    if (to_ordered(scores[i]) != end_code) continue;
-    const Span span = span_of(i);
-    if (span.start < (end_block + 1) * n && span.end > end_block * n) {
-      atomicMin(&shared.end_sentence, i);
+  for (int first = thread; first < count; first += kAtOnce * kRankThreads) {
+    Span spans[kAtOnce];
+    float ranks[kAtOnce];
+    read_spans(first, spans);
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) ranks[k] = scores[nth(first, k)];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const bool touches = spans[k].start < (end_block + 1) * n && spans[k].end > end_block * n;
+      if (to_ordered(ranks[k]) == end_code && touches) {
+        atomicMin(&shared.end_sentence, nth(first, k));
+      }
     }
   }
   __syncthreads();
@@ -329,12 +353,11 @@ __device__ inline void rank_sentences(const RankSentencesArgs& a, RankShared& sh
   for (int first = thread; first < count; first += kAtOnce * kRankThreads) {
     float ranks[kAtOnce], parts[kAtOnce];
     uint8_t* flags[kAtOnce];
+    find_flags(first, flags);
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
-      const int i = first + k * kRankThreads;
-      ranks[k] = i < count ? scores[i] : minus_infinity();
-      parts[k] = i < count ? mass[i] : 0.0f;
-      flags[k] = i < count ? kept_flag(i) : nullptr;
+      ranks[k] = scores[nth(first, k)];
+      parts[k] = mass[nth(first, k)];
     }
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
