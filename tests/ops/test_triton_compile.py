@@ -4,6 +4,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +55,28 @@ def test_a_decode_program_leaves_room_for_others(report):
         if row["kernel"] in ("attend_split", "score_tokens", "swap_in"):
             assert 2 * row["registers"] * row["warps"] * 32 <= REGISTERS, row
             assert 2 * row["shared_bytes"] <= SHARED_BYTES, row
+
+
+OF_A_SERVER = {  # the same in all steps
+    *("cache_block_stride", "cache_head_stride", "first_stride", "private_stride"),
+    *("key_block_stride", "key_head_stride", "key_token_stride"),
+    *("value_block_stride", "value_head_stride", "value_token_stride"),
+    *("num_private", "max_selected", "max_sentences", "max_chunks"),
+}
+
+
+def test_no_step_compiles_a_kernel_anew_for_its_sizes():
+    """Triton compiles anew, for a second or so, for an integer that becomes 1 or a multiple of 16."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "triton_specialised.py"
+    done = subprocess.run(
+        [sys.executable, "-P", str(script)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    kernels = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
+    assert "_attend_split" in kernels
+    for kernel, specialised in kernels.items():
+        sizes = [n for n in specialised.split() if re.search("stride$|^max_|^num_(?!pages)", n)]
+        sizes = [n for n in sizes if n not in ("num_sentences", "num_misses")]  # tensors
+        if kernel.startswith("_"):
+            assert set(sizes) <= OF_A_SERVER, kernel
