@@ -66,7 +66,7 @@ OF_A_SERVER = {  # the same in all steps
 
 
 def test_no_step_compiles_a_kernel_anew_for_its_sizes():
-    """Triton compiles anew, for a second or so, for an integer that becomes 1 or a multiple of 16."""
+    """Triton compiles anew, for a second, for an integer that becomes 1 or a multiple of 16."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).parent / "triton_specialised.py"
     done = subprocess.run(
