@@ -25,13 +25,20 @@ try:
 except BuildError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-KERNELS = ("resolve_residency", "gather_misses", "copy_pages")
-MAX_REGISTERS = 64  # of 65536: at least 1024 threads fit on a multiprocessor
+MAX_REGISTERS = {  # a thread, of 65536 a multiprocessor
+    "resolve_residency": 64,
+    "gather_misses": 64,
+    "copy_pages": 64,
+    "score_tokens": 128,  # 16 warps; 64 for groups of 4 and 128 channels
+    "rank_sentences": 128,  # its 512 threads; there are fewer blocks than multiprocessors
+    "decode_selection": 128,
+}
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict[str, int]]:
-    """(kernel, architecture) -> registers and bytes of stack and spills, from ptxas."""
+    """(kernel, architecture) -> registers and bytes of stack and spills, from ptxas; of a template
+    the most that an instance takes."""
     command = nvcc_command(cuda_sources(), tmp_path_factory.mktemp("nvcc") / "kernels.so")
     done = subprocess.run([*command, "-Xptxas=-v"], capture_output=True, text=True, check=True)
     entries = re.findall(
@@ -41,21 +48,23 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], di
         done.stdout + done.stderr,
         re.S,
     )
-    return {
-        (re.sub(r".*?\d", "", name), int(arch)): {
+    most: dict[tuple[str, int], dict[str, int]] = {}
+    for name, arch, stack, stores, loads, registers in entries:
+        use = {
             "stack": int(stack), "spilled": int(stores) + int(loads), "registers": int(registers)
-        }
-        for name, arch, stack, stores, loads, registers in entries
-    }  # fmt: skip
+        }  # fmt: skip
+        known = most.setdefault((re.sub(r".*?\d", "", name), int(arch)), use)
+        known.update({key: max(value, known[key]) for key, value in use.items()})
+    return most
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", MAX_REGISTERS)
 def test_a_kernel_spills_nothing_and_keeps_its_register_bound(report, kernel, arch) -> None:
     use = report[kernel, arch]
     print(f"{kernel} sm_{arch}: {use}")
     assert use["stack"] == use["spilled"] == 0
-    assert use["registers"] <= MAX_REGISTERS
+    assert use["registers"] <= MAX_REGISTERS[kernel]
 
 
 def test_the_library_loads_without_a_gpu_and_needs_no_other_cuda_library() -> None:

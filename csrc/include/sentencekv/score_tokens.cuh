@@ -205,7 +205,7 @@ struct SentenceWalk {
 
 /// Grid (chunks, S * H). kSets: query heads in fours; kSteps: channels in 128s; kFull: all of them.
 template <int kSets, int kSteps, bool kFull>
-static __global__ void __launch_bounds__(kScoreThreads)
+static __global__ void __launch_bounds__(kScoreThreads, kFull && kSets == 1 ? 8 : 4)
     score_tokens_kernel(const ScoreTokensArgs a) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   float* merged = reinterpret_cast<float*>(shared_memory);  // [warps, 2, kMaxGroup]
