@@ -12,7 +12,7 @@ from .quantize_pages import store_rows
 TILE = 64  # tokens a program packs; several pages where blocks are small
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["page_slot", "num_tokens"])
 def _index_pages(
     cache,
     host,

@@ -35,7 +35,7 @@ def span_keys(
     return tl.load(row[:, None] + channel, mask=mask, other=0.0).to(tl.float32), mask
 
 
-@triton.jit(do_not_specialize=["span_blocks_stride"])
+@triton.jit(do_not_specialize=["kept", "span_blocks_stride"])
 def _index_sentences(
     cache,
     centroids,
@@ -124,5 +124,5 @@ def index_sentences(
         D=dim,
         D_PAD=triton.next_power_of_2(dim),
         TILE=TILE,
-        KIND=int(kind),
+        KIND=int(kind if kind.vectors == 2 else IndexKind.CENTROID),  # few variants
     )

@@ -9,7 +9,12 @@ from ..types import LayerPools, Residency, SparseBatch
 from .workspace import Workspace
 
 
-@triton.jit(do_not_specialize=["pages_stride", "tables_request_stride", "tables_head_stride"])
+@triton.jit(
+    do_not_specialize=[
+        *("page_slot", "slot_page", "slot_stamp"),
+        *("pages_stride", "tables_request_stride", "tables_head_stride"),
+    ]
+)
 def _resolve_residency(
     blocks,
     coverage,

@@ -32,7 +32,7 @@ def random_score(seed, step, head, sentence):
     return (x ^ (x >> 16)).to(tl.float32) * (1.0 / 2**32)
 
 
-@triton.jit(do_not_specialize=["row_pages_stride", "ends_stride"])
+@triton.jit(do_not_specialize=["kept", "row_pages_stride", "ends_stride"])
 def _reduce_scores(
     best,
     partial,

@@ -22,7 +22,7 @@ TILE = 512  # sentences at once; no fewer than the tokens of a block
 EMPTY = tl.constexpr(LOWEST)
 
 
-@triton.jit(do_not_specialize=["ends_stride", "row_pages_stride"])
+@triton.jit(do_not_specialize=["kept", "ends_stride", "row_pages_stride"])
 def _select_blocks(
     scores,
     mass,
@@ -128,9 +128,11 @@ def select_blocks(
 
     Returns:
         blocks [>= S, H, K] int32 and coverage [>= S, H] of `work`; K is that of the
-        workspace, not the largest budget of the batch, so that shapes are fixed.
+        workspace, not the largest budget of the batch, so that shapes are fixed. So is the
+        kernel: a key for each block of the longest request, whatever the batch holds.
     """
-    padded = triton.next_power_of_2(max(batch.pages.shape[1], work.blocks.shape[2]))
+    max_blocks = (work.first.shape[1] - 1) * GRANULE // geometry.block_size
+    padded = triton.next_power_of_2(max(max_blocks, work.blocks.shape[2]))
     _select_blocks[(len(batch.budget_blocks), geometry.num_kv_heads)](
         work.scores,
         work.mass,

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A made-up request, decoded before there are real ones: GPU kernels are compiled by it."""
+"""A made-up request, decoded before there are real ones: GPU kernels are compiled by it.
+
+All of them, in all variants that a request can ask for: what is compiled later is a stall of every
+request. Sizes must not be part of a variant (`do_not_specialize` in `triton_kernels/`).
+"""
 
 from __future__ import annotations
 
@@ -37,11 +41,14 @@ def warm_up(runtime: Runtime, attend: Callable[[StepPlan, Tensor], None]) -> Non
     if num_blocks <= working_set:
         return  # no request of this engine will be sparse
     cache[0].normal_()  # any numbers; the null block stands in for all of the history
-    kinds = (  # and whether the query restarts: if not, `previous` ranks ahead of the layer
+    kinds = [  # and whether the query restarts: if not, `previous` ranks ahead of the layer
         (IndexKind.TOKEN_BITS, QueryKind.PREVIOUS, True),
         (IndexKind.TOKEN_BITS, QueryKind.PREVIOUS, False),
-        (IndexKind.CENTROID, QueryKind.RUNNING_MEAN, True),
-    )
+        (IndexKind.CENTROID, QueryKind.RUNNING_MEAN, True),  # ranks in float32
+        (IndexKind.CENTROID, QueryKind.CURRENT, True),
+    ]
+    if geometry.vectors_per_row == 2:
+        kinds += [(kind, QueryKind.CURRENT, True) for kind in IndexKind if kind.vectors == 2]
     pages, zero, step = [*range(history)], np.zeros(1, np.int32), 0
     rows = SparseRows(
         slots=zero,

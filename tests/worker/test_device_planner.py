@@ -272,5 +272,5 @@ def test_the_made_up_request_is_no_longer_than_a_request_can_be(max_pages):
         plan.graphs.run("layer", lambda: steps.append(runtime.rank(plan, 0, query)))
 
     warm_up(runtime, attend)
-    assert len(steps) == 9 and not runtime.has_sparse_rows
+    assert len(steps) == 18 and not runtime.has_sparse_rows
     assert runtime._planner._limits.pages == max_pages and len(FakeGraph.made) == 2

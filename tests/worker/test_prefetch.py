@@ -265,5 +265,5 @@ def test_the_made_up_request_ranks_its_only_layer_ahead():
         plan.graphs.run((0, *plan.variant), work)
 
     warm_up(runtime, attend)
-    assert len(tables) == 9 and ahead.started == 3
+    assert len(tables) == 18 and ahead.started == 3
     assert not runtime.query_previous.has(1)
