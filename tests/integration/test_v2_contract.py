@@ -408,7 +408,7 @@ def test_warming_up_runs_every_stage_and_leaves_nothing_behind(monkeypatch):
 
     monkeypatch.setattr(cuda, "attend_sparse", attend)
     cuda.prepare(runtime)
-    assert len(calls) == 9 and not any(output.isnan().any() for output in calls)
+    assert len(calls) == 12 and not any(output.isnan().any() for output in calls)
     assert not runtime.has_sparse_rows and not runtime.take_counters()
     assert runtime.take_report() is None and not runtime.tables.pages.counts.any()
     pools = runtime.pools
