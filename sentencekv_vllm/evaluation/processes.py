@@ -7,6 +7,8 @@ A small model on a CPU gains nothing from more threads, but the questions are in
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty
 from typing import Any
@@ -63,7 +65,16 @@ def _received(queue: Any, processes: Sequence[Any]) -> Iterator[Record]:
             raise ProcessError(message)
 
 
+def _end_with_parent() -> None:
+    """A run that was killed leaves no engines behind, which daemons alone would be."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _run(work: Work, number: int, queue: Any) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         work(number, queue.put)
         queue.put(None)

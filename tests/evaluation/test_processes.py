@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -24,6 +27,17 @@ def stumble(record, number, send):
 
 def vanish(record, number, send):
     os._exit(3)
+
+def wait(number, send):
+    print(os.getpid(), flush=True)
+    import time; time.sleep(600)
+"""
+
+KILLED = """
+from share_of_a_process import wait
+from sentencekv_vllm.evaluation.processes import shared
+if __name__ == "__main__":
+    list(shared(wait, 2))
 """
 
 
@@ -61,3 +75,26 @@ def test_a_failure_ends_all_and_says_why(work, partial_of):
 def test_a_process_that_vanishes_is_noticed(work, partial_of):
     with pytest.raises(ProcessError, match="status 3"):
         list(shared(partial_of(work.vanish), 2))
+
+
+def test_a_run_that_is_killed_leaves_no_process_behind(work, tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-P", script], stdout=subprocess.PIPE, text=True, env=environment
+    ) as run:
+        engines = [int(run.stdout.readline()) for _ in range(2)]
+        run.kill()
+    deadline = time.monotonic() + 30
+    while any(map(is_running, engines)):
+        assert time.monotonic() < deadline, "an engine outlived its run"
+        time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
