@@ -79,4 +79,5 @@ def test_what_is_left_out_is_estimated_in_every_layer_of_requests_that_ask(optio
         return
     assert found["calls"] == (STEPS - 1) * 4, "steps after the first token, layers"
     assert found["change"] > 0.01
-    assert max(found["merged"], found["values"], found["attention"]) < 0.05, found  # bfloat16
+    # bfloat16 outputs of up to 8 are 0.03 apart, and processors round differently on the way.
+    assert max(found["merged"], found["values"], found["attention"]) < 0.1, found
