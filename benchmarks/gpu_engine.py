@@ -282,15 +282,15 @@ def timed(llm: Any, context: int, requests: int, options: argparse.Namespace) ->
     }
 
 
-def apart(engines: list[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Run this script for each engine, all at once; their logs go to files beside the results."""
+def apart(engines: list[tuple[str, str]], logs: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Run this script for each engine, all at once; their logs go to files in a folder."""
     with tempfile.TemporaryDirectory() as folder:
         running = {}
         for part, backend in engines:
             name = Path(folder, f"{part}-{backend}")
             command = [sys.executable, "-P", __file__, *sys.argv[1:], "--turns", f"{folder}/turns"]
             command += ["--child", f"{part}:{backend}", "--result", str(name)]
-            with name.with_suffix(".log").open("w") as log:
+            with (logs / f"{name.name}.log").open("w") as log:
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
             running[part, backend] = (name, process)
         results: dict[tuple[str, str], dict[str, Any]] = {}
@@ -298,7 +298,7 @@ def apart(engines: list[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any
             if process.wait() == 0 and name.exists():
                 results[part, backend] = json.loads(name.read_text())
             else:
-                print(name.with_suffix(".log").read_text(), file=sys.stderr)
+                print((logs / f"{name.name}.log").read_text(), file=sys.stderr)
                 error = f"{part} with {backend} ended with status {process.returncode}"
                 results[part, backend] = {"error": error}
         return results
@@ -362,7 +362,9 @@ def main() -> int:
         return 2
     parts = options.parts.split(",")
     backends = {"answers": ANSWERS, "speed": SPEED, "throughput": SPEED}
-    found = apart([(part, backend) for part in parts for backend in backends[part]])
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    engines = [(part, backend) for part in parts for backend in backends[part]]
+    found = apart(engines, options.json.parent)
     results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     for part in parts:
         results[part] = {backend: found[part, backend] for backend in backends[part]}
@@ -370,7 +372,6 @@ def main() -> int:
             show_answers(results[part])
         else:
             show_times(part, results[part])
-    options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 1 if any("error" in result for result in found.values()) else 0
 
