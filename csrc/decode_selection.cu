@@ -17,14 +17,12 @@ extern "C" cudaError_t sentencekv_decode_selection(const DecodeSelectionArgs* ar
   }
   const cudaError_t status = sentencekv::to_device_address(&a.gather.host);
   if (status != cudaSuccess) return status;
-  const bool few = a.rank.max_blocks <= sentencekv::kFewBlocks * sentencekv::kRankThreads;
-  const auto kernel =
-      a.rank.group <= 4
-          ? (few ? sentencekv::decode_selection_kernel<4, sentencekv::kFewBlocks>
-                 : sentencekv::decode_selection_kernel<4, sentencekv::kManyBlocks>)
-          : (few ? sentencekv::decode_selection_kernel<8, sentencekv::kFewBlocks>
-                 : sentencekv::decode_selection_kernel<8, sentencekv::kManyBlocks>);
-  return sentencekv::launch(kernel, dim3(a.rank.num_heads, a.rank.num_requests),
+  int cluster = 1;
+  const cudaError_t found = sentencekv::rank_cluster(a.rank, &cluster);
+  if (found != cudaSuccess) return found;
+  return sentencekv::launch(a.rank.group <= 4 ? sentencekv::decode_selection_kernel<4>
+                                              : sentencekv::decode_selection_kernel<8>,
+                            dim3(a.rank.num_heads * cluster, a.rank.num_requests),
                             sentencekv::kRankThreads, sentencekv::selection_shared_bytes(a),
-                            stream, a);
+                            stream, a, cluster);
 }

@@ -9,13 +9,11 @@ extern "C" cudaError_t sentencekv_rank_sentences(const RankSentencesArgs* args,
                                                  cudaStream_t stream) {
   const RankSentencesArgs& a = *args;
   if (!sentencekv::rank_fits(a)) return cudaErrorInvalidValue;
-  const bool few = a.max_blocks <= sentencekv::kFewBlocks * sentencekv::kRankThreads;
-  const auto kernel =
-      a.group <= 4
-          ? (few ? sentencekv::rank_sentences_kernel<4, sentencekv::kFewBlocks>
-                 : sentencekv::rank_sentences_kernel<4, sentencekv::kManyBlocks>)
-          : (few ? sentencekv::rank_sentences_kernel<8, sentencekv::kFewBlocks>
-                 : sentencekv::rank_sentences_kernel<8, sentencekv::kManyBlocks>);
-  return sentencekv::launch(kernel, dim3(a.num_heads, a.num_requests), sentencekv::kRankThreads,
-                            sentencekv::rank_shared_bytes(a), stream, a);
+  int cluster = 1;
+  const cudaError_t status = sentencekv::rank_cluster(a, &cluster);
+  if (status != cudaSuccess) return status;
+  return sentencekv::launch(a.group <= 4 ? sentencekv::rank_sentences_kernel<4>
+                                         : sentencekv::rank_sentences_kernel<8>,
+                            dim3(a.num_heads * cluster, a.num_requests), sentencekv::kRankThreads,
+                            sentencekv::rank_shared_bytes(a), stream, a, cluster);
 }

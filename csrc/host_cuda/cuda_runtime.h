@@ -4,8 +4,8 @@
 // The threads of a block are fibers that change hands at barriers, so kernels stay ordinary CUDA.
 // Each warp runs as far ahead as barriers let it, warps and lanes in random order, and shared
 // memory starts as noise: a missing barrier or a read of unwritten memory shows as a wrong
-// result, a barrier that not all threads reach as an abort. Blocks have whole warps. One host
-// thread may run kernels at a time.
+// result, a barrier that not all threads reach as an abort. Blocks have whole warps. The blocks of
+// a cluster run together, others one after the other. One host thread may run kernels at a time.
 #pragma once
 
 #include <ucontext.h>
@@ -57,7 +57,7 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 3;  // odd, so that work does not divide evenly
+  *value = 9;  // odd, so that work does not divide evenly
   return cudaSuccess;
 }
 inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* out, const void* pointer) {
@@ -79,13 +79,15 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 
 namespace sentencekv {
-alignas(16) inline unsigned char shared_memory[48 * 1024];
+alignas(16) inline unsigned char shared_memory[2 * 48 * 1024];  // of a cluster's blocks
 }
 
 namespace host_cuda {
 
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kSharedBytes = 48 * 1024;
+constexpr int kMaxCluster = sizeof(sentencekv::shared_memory) / kSharedBytes;
 
 struct Barrier {
   int size = 0, arrived = 0, generation = 0;
@@ -94,15 +96,16 @@ struct Barrier {
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
-  dim3 index;
+  dim3 index, block;
+  int number, rank;  // in the cluster: of this thread, and of its block
   bool done = false;
 };
 
-struct Block {
+struct Cluster {
   std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<Barrier> warps;
-  std::vector<int> exchange;  // [threads]: what each lane shows to its warp
+  std::vector<Barrier> warps, blocks;
   Barrier all;
+  std::vector<int> exchange;  // [threads]: what each lane shows to its warp
   ucontext_t scheduler;
   Fiber* current = nullptr;
   bool moved = false;     // a fiber passed or reached a barrier in this pass over a warp
@@ -111,26 +114,38 @@ struct Block {
   std::mt19937 random{1};
 };
 
-inline Block block;
+inline Cluster cluster;
+
+inline int cluster_size() { return static_cast<int>(cluster.blocks.size()); }
+inline int cluster_rank() { return cluster.current->rank; }
+inline unsigned char* shared_of_block() {
+  return sentencekv::shared_memory + cluster_rank() * kSharedBytes;
+}
+
+template <class T>
+T* shared_at(T* mine, int rank) {
+  const ptrdiff_t blocks = rank - cluster_rank();
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(mine) + blocks * static_cast<ptrdiff_t>(kSharedBytes));
+}
 
 inline void fiber_main() {
-  block.body();
-  block.current->done = true;
-  block.moved = true;
+  cluster.body();
+  cluster.current->done = true;
+  cluster.moved = true;
 }
 
 inline void wait(Barrier& barrier) {
   const int generation = barrier.generation;
-  block.moved = true;
+  cluster.moved = true;
   if (++barrier.arrived == barrier.size) {
     barrier.arrived = 0;
     ++barrier.generation;
     return;
   }
   while (barrier.generation == generation) {
-    swapcontext(&block.current->context, &block.scheduler);
+    swapcontext(&cluster.current->context, &cluster.scheduler);
   }
-  block.moved = true;
+  cluster.moved = true;
 }
 
 /// Run a warp until all its lanes wait for another warp or are done; false if all were done.
@@ -139,91 +154,112 @@ inline bool run_warp(int warp) {
   std::iota(lanes.begin(), lanes.end(), warp * kWarp);
   bool running = false;
   do {
-    block.moved = false;
-    std::shuffle(lanes.begin(), lanes.end(), block.random);
+    cluster.moved = false;
+    std::shuffle(lanes.begin(), lanes.end(), cluster.random);
     for (const int t : lanes) {
-      Fiber& fiber = *block.fibers[t];
+      Fiber& fiber = *cluster.fibers[t];
       if (fiber.done) continue;
       running = true;
-      block.current = &fiber;
+      cluster.current = &fiber;
       threadIdx = fiber.index;
-      swapcontext(&block.scheduler, &fiber.context);
+      blockIdx = fiber.block;
+      swapcontext(&cluster.scheduler, &fiber.context);
     }
-    block.progress |= block.moved;
-  } while (block.moved);
+    cluster.progress |= cluster.moved;
+  } while (cluster.moved);
   return running;
 }
 
-inline void run_block(int threads, size_t shared_bytes) {
-  while (static_cast<int>(block.fibers.size()) < threads) {
-    block.fibers.push_back(std::make_unique<Fiber>());
+inline void run_cluster(dim3 first, int threads, int size, size_t shared_bytes) {
+  const int all = threads * size;
+  while (static_cast<int>(cluster.fibers.size()) < all) {
+    cluster.fibers.push_back(std::make_unique<Fiber>());
   }
-  block.all = {threads};
-  block.warps.assign(threads / kWarp, Barrier{kWarp});
-  block.exchange.assign(threads, 0);
-  for (size_t i = 0; i < shared_bytes; ++i) {
-    sentencekv::shared_memory[i] = static_cast<unsigned char>(block.random());
+  cluster.all = {all};
+  cluster.blocks.assign(size, Barrier{threads});
+  cluster.warps.assign(all / kWarp, Barrier{kWarp});
+  cluster.exchange.assign(all, 0);
+  for (int rank = 0; rank < size; ++rank) {
+    unsigned char* shared = sentencekv::shared_memory + rank * kSharedBytes;
+    for (size_t i = 0; i < shared_bytes; ++i) shared[i] = static_cast<unsigned char>(cluster.random());
   }
-  std::vector<int> warps(threads / kWarp);
+  std::vector<int> warps(all / kWarp);
   std::iota(warps.begin(), warps.end(), 0);
-  for (int t = 0; t < threads; ++t) {
-    Fiber& fiber = *block.fibers[t];
-    fiber.index = dim3(t, 0, 0);
+  for (int t = 0; t < all; ++t) {
+    Fiber& fiber = *cluster.fibers[t];
+    fiber.index = dim3(t % threads, 0, 0);
+    fiber.rank = t / threads;
+    fiber.number = t;
+    fiber.block = dim3(first.x + fiber.rank, first.y, 0);
     fiber.done = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = &block.scheduler;
+    fiber.context.uc_link = &cluster.scheduler;
     makecontext(&fiber.context, fiber_main, 0);
   }
   for (bool running = true; running;) {
-    running = block.progress = false;
-    std::shuffle(warps.begin(), warps.end(), block.random);
+    running = cluster.progress = false;
+    std::shuffle(warps.begin(), warps.end(), cluster.random);
     for (const int warp : warps) running |= run_warp(warp);
-    if (running && !block.progress) {
+    if (running && !cluster.progress) {
       std::fprintf(stderr, "a barrier was not reached by every thread that it waits for\n");
       std::abort();
     }
   }
 }
 
-inline void run(dim3 grid, dim3 threads, size_t shared_bytes, std::function<void()> body) {
+inline void run(dim3 grid, dim3 threads, int size, size_t shared_bytes, std::function<void()> body) {
   gridDim = grid;
   blockDim = threads;
-  block.body = std::move(body);
+  cluster.body = std::move(body);
   for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) {
-      blockIdx = dim3(x, y, 0);
-      run_block(static_cast<int>(threads.x), shared_bytes);
+    for (unsigned x = 0; x < grid.x; x += size) {
+      run_cluster(dim3(x, y, 0), static_cast<int>(threads.x), size, shared_bytes);
     }
   }
 }
 
+inline void sync_cluster() { wait(cluster.all); }
+
 }  // namespace host_cuda
 
-inline void __syncthreads() { host_cuda::wait(host_cuda::block.all); }
-
-inline int __shfl_up_sync(unsigned, int value, int distance) {
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
-  host_cuda::block.exchange[thread] = value;
-  host_cuda::wait(host_cuda::block.warps[warp]);
-  const int from = thread % 32 >= distance ? thread - distance : thread;
-  const int received = host_cuda::block.exchange[from];
-  host_cuda::wait(host_cuda::block.warps[warp]);
-  return received;
+inline void __syncthreads() {
+  host_cuda::wait(host_cuda::cluster.blocks[host_cuda::cluster_rank()]);
 }
 
 /// What the lane that `from` names, by its own lane number, shows to its warp.
 template <class T, class From>
 T host_shuffle(T value, From from) {
   static_assert(sizeof(T) == sizeof(int), "lanes exchange 32 bits");
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
-  std::memcpy(&host_cuda::block.exchange[thread], &value, sizeof(T));
-  host_cuda::wait(host_cuda::block.warps[warp]);
-  std::memcpy(&value, &host_cuda::block.exchange[warp * 32 + from(thread % 32)], sizeof(T));
-  host_cuda::wait(host_cuda::block.warps[warp]);
+  auto& cluster = host_cuda::cluster;
+  const int thread = cluster.current->number, warp = thread / 32;
+  std::memcpy(&cluster.exchange[thread], &value, sizeof(T));
+  host_cuda::wait(cluster.warps[warp]);
+  std::memcpy(&value, &cluster.exchange[warp * 32 + from(thread % 32)], sizeof(T));
+  host_cuda::wait(cluster.warps[warp]);
   return value;
 }
+
+inline int __shfl_up_sync(unsigned, int value, int distance) {
+  return host_shuffle(value, [distance](int lane) { return lane >= distance ? lane - distance : lane; });
+}
+
+/// Bit i is whether lane i's value is true.
+inline unsigned __ballot_sync(unsigned, bool value) {
+  auto& cluster = host_cuda::cluster;
+  const int thread = cluster.current->number, warp = thread / 32;
+  cluster.exchange[thread] = value;
+  host_cuda::wait(cluster.warps[warp]);
+  unsigned mask = 0;
+  for (int lane = 0; lane < 32; ++lane) mask |= static_cast<unsigned>(cluster.exchange[warp * 32 + lane]) << lane;
+  host_cuda::wait(cluster.warps[warp]);
+  return mask;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return bits ? __builtin_clz(bits) : 32; }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int bits) {

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK_TOKENS, GRANULE = 1024, 16  # as in the kernels, and in triton_kernels/workspace.py
 MAX_GROUP, MAX_CHANNELS = 8, 256  # of score_tokens and rank_sentences
-RANK_ARGUMENTS = 22  # of rank_sentences
+RANK_ARGUMENTS = 23  # of rank_sentences
 
 
 class ResolveResidencyArgs(Structure):
@@ -68,10 +68,10 @@ class RankSentencesArgs(Structure):
     _fields_ = (
         *((name, c_void_p) for name in (
             "best", "partial", "row_pages", "kept", "num_pages", "sentence_ends",
-            "num_sentences", "history_lo", "history_hi", "budget_blocks", "index_kind",
+            "num_sentences", "first", "history_lo", "history_hi", "budget_blocks", "index_kind",
             "reduce", "retention", "seeds", "step", "scores", "mass", "blocks", "coverage",
         )),
-        *((name, c_int64) for name in ("row_pages_stride", "ends_stride")),
+        *((name, c_int64) for name in ("row_pages_stride", "ends_stride", "first_stride")),
         *((name, c_int32) for name in (
             "num_requests", "num_heads", "group", "block_size", "rows_per_page", "max_sentences",
             "max_chunks", "max_selected", "max_blocks", "chunk_tokens", "token_bits", "random",
@@ -277,12 +277,12 @@ class Launcher:
         """
         rank, rest = tensors_and_sizes[:RANK_ARGUMENTS], tensors_and_sizes[RANK_ARGUMENTS:]
         pages, private_blocks, page_slot, slot_page, slot_stamp, *written, host, cache = rest
-        budget_blocks, step, blocks, coverage = (rank[i] for i in (9, 14, 17, 18))
+        budget_blocks, step, blocks, coverage = (rank[i] for i in (10, 15, 18, 19))
         head_tables, misses, miss_counts, *totals = written
         args = DecodeSelectionArgs(
             self._rank_args(*rank),
             self._resolve_args(
-                *(blocks, coverage, pages, private_blocks, budget_blocks, rank[7], step),
+                *(blocks, coverage, pages, private_blocks, budget_blocks, rank[8], step),
                 *(page_slot, slot_page, slot_stamp, head_tables, misses, miss_counts, *totals),
             ),
             self._gather_args(host, cache, misses, miss_counts[: len(budget_blocks)]),
@@ -298,6 +298,7 @@ class Launcher:
         num_pages: Tensor,
         sentence_ends: Tensor,
         num_sentences: Tensor,
+        first: Tensor,
         history_lo: Tensor,
         history_hi: Tensor,
         budget_blocks: Tensor,
@@ -318,14 +319,14 @@ class Launcher:
 
         Args:
             best: [>= S, H, G, I], G at most 8, emptied; partial: as `score_tokens` leaves it.
-            row_pages, sentence_ends: [>= S, .]; rows may lie apart.
+            row_pages, sentence_ends, first: [>= S, .]; rows may lie apart.
             kept: [P * M, H] uint8, written; retention: [S] float32; step: [1].
             scores: [>= S, H, I] float32; mass: [>= S, H, I + 1] float32; written.
             blocks: [>= S, H, K]; coverage: [>= S, H] float32; written.
             max_blocks: of the longest request, at most 8192.
         """
         requests, (_, num_heads, group, max_sentences) = len(num_pages), best.shape
-        rows = (row_pages, sentence_ends)
+        rows = (row_pages, sentence_ends, first)
         whole = (
             *(num_pages, num_sentences, history_lo, history_hi, budget_blocks),
             *(index_kind, reduce, seeds, step),
@@ -336,13 +337,13 @@ class Launcher:
         assert all(t.dtype == torch.float32 for t in floats) and kept.dtype == torch.uint8
         assert all(t.is_contiguous() for t in (*whole, *floats, best, kept, blocks))
         tensors = (
-            *(best, partial, row_pages, kept, num_pages, sentence_ends, num_sentences),
+            *(best, partial, row_pages, kept, num_pages, sentence_ends, num_sentences, first),
             *(history_lo, history_hi, budget_blocks, index_kind, reduce, retention, seeds, step),
             *(scores, mass, blocks, coverage),
         )
         args = RankSentencesArgs(
             *(t.data_ptr() for t in tensors),
-            *(row_pages.stride(0), sentence_ends.stride(0)),
+            *(row_pages.stride(0), sentence_ends.stride(0), first.stride(0)),
             *(requests, num_heads, group, block_size, rows_per_page, max_sentences),
             *(partial.shape[2], blocks.shape[2], max_blocks, CHUNK_TOKENS),
             *(IndexKind.TOKEN_BITS, IndexKind.RANDOM, Reduce.SOFTMAX_MEAN, Reduce.MAX),

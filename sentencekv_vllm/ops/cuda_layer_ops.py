@@ -115,6 +115,7 @@ class CudaOps(TritonOps):  # type: ignore[misc]  # mypy does not follow the mapp
             batch.num_pages,
             batch.sentence_ends,
             batch.num_sentences,
+            work.first,
             batch.history_lo,
             batch.history_hi,
             batch.budget_blocks,

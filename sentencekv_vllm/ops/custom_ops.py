@@ -24,16 +24,18 @@ SCHEMAS = {
     ),
     "rank_sentences": (
         "(Tensor(a!) best, Tensor partial, Tensor row_pages, Tensor(b!) kept, Tensor num_pages, "
-        "Tensor sentence_ends, Tensor num_sentences, Tensor history_lo, Tensor history_hi, "
-        "Tensor budget_blocks, Tensor index_kind, Tensor reduce, Tensor retention, Tensor seeds, "
-        "Tensor step, Tensor(c!) scores, Tensor(d!) mass, Tensor(e!) blocks, Tensor(f!) coverage, "
+        "Tensor sentence_ends, Tensor num_sentences, Tensor first, Tensor history_lo, "
+        "Tensor history_hi, Tensor budget_blocks, Tensor index_kind, Tensor reduce, "
+        "Tensor retention, Tensor seeds, Tensor step, Tensor(c!) scores, Tensor(d!) mass, "
+        "Tensor(e!) blocks, Tensor(f!) coverage, "
         "int block_size, int rows_per_page, int max_blocks) -> ()"
     ),
     "decode_selection": (
         "(Tensor(a!) best, Tensor partial, Tensor row_pages, Tensor(b!) kept, Tensor num_pages, "
-        "Tensor sentence_ends, Tensor num_sentences, Tensor history_lo, Tensor history_hi, "
-        "Tensor budget_blocks, Tensor index_kind, Tensor reduce, Tensor retention, Tensor seeds, "
-        "Tensor step, Tensor(c!) scores, Tensor(d!) mass, Tensor(e!) blocks, Tensor(f!) coverage, "
+        "Tensor sentence_ends, Tensor num_sentences, Tensor first, Tensor history_lo, "
+        "Tensor history_hi, Tensor budget_blocks, Tensor index_kind, Tensor reduce, "
+        "Tensor retention, Tensor seeds, Tensor step, Tensor(c!) scores, Tensor(d!) mass, "
+        "Tensor(e!) blocks, Tensor(f!) coverage, "
         "int block_size, int rows_per_page, int max_blocks, Tensor pages, Tensor private_blocks, "
         "Tensor(g!) page_slot, Tensor(h!) slot_page, Tensor(i!) slot_stamp, "
         "Tensor(j!) head_tables, Tensor(k!) misses, Tensor(l!) miss_counts, "

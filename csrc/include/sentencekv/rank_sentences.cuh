@@ -2,19 +2,21 @@
 // From logits to the selected blocks. Defined by sentencekv_vllm/ops/score_sentences.py (the
 // reduction over the group) and select_blocks.py; triton_kernels/ has both in Triton.
 //
-// One block of threads for each KV head of a request: scores stay in its caches, and no launch
-// lies between the steps. The key that ends the selection is found two bits at a time.
+// One cluster of blocks of threads for each KV head of a request: each ranks its share of the
+// sentences, the first selects. Loops are short and not unrolled: a step runs them once or
+// twice, after other kernels, and instructions have to be fetched, too.
 #pragma once
 
-#include "block_scan.cuh"
+#include "cluster.cuh"
+#include "granule.hpp"
+#include "select_keys.cuh"
 #include "warp.cuh"
 
 namespace sentencekv {
 
-constexpr int kRankThreads = 512;
-constexpr int kRankWarps = kRankThreads / kWarp;
 constexpr int kRankGroup = 8;  // query heads a KV head at most
-constexpr int kFewBlocks = 4, kManyBlocks = 16;  // of the history a thread at most
+constexpr int kRankBlocks = 8192;  // of a request at most
+constexpr int kRankCluster = 8;
 
 /// S requests, H KV heads, G query heads a KV head, I sentences, N tokens and M rows a page.
 struct RankSentencesArgs {
@@ -25,6 +27,7 @@ struct RankSentencesArgs {
   const int32_t* num_pages;      // [S]
   const int32_t* sentence_ends;  // [S, .]
   const int32_t* num_sentences;  // [S]
+  const int32_t* first;          // [S, .] sentence that holds token c * kGranule
   const int32_t* history_lo;     // [S] blocks
   const int32_t* history_hi;     // [S]
   const int32_t* budget_blocks;  // [S]
@@ -37,29 +40,36 @@ struct RankSentencesArgs {
   float* mass;                   // [S, H, I + 1] the same, and the resident tokens' at I
   int32_t* blocks;               // [S, H, K] written: ascending, then -1
   float* coverage;               // [S, H] written
-  int64_t row_pages_stride, ends_stride;
+  int64_t row_pages_stride, ends_stride, first_stride;
   int32_t num_requests, num_heads, group, block_size, rows_per_page;
   int32_t max_sentences, max_chunks, max_selected, max_blocks;
   int32_t chunk_tokens;
   int32_t token_bits, random, softmax_mean, max_of_group;  // values of the enumerations
 };
 
-/// What the block shares: a part of fixed size and a key for each block of the longest request.
-struct RankShared {
-  float merged[kRankWarps][2][kRankGroup];
-  float shares[2][kRankGroup];
+/// What a block of threads shares, and from `keys` on a key for each block of the longest request.
+struct alignas(16) RankShared {
+  float merged[kRankWarps][2][kRankGroup];   // of each warp: top and sum of each query head
+  float share[2][kRankGroup];  // of the block of threads
   float log_totals[kRankGroup];
-  int32_t sums[4][kRankWarps];
-  int32_t end_sentence;
+  float resident[kRankGroup];   // share of attention
+  float covered[kRankCluster];  // of each block of the cluster, in the first
+  int32_t end_code, end_sentence;
+  SelectShared select;
   uint32_t keys[1];
 };
 
 inline bool rank_fits(const RankSentencesArgs& a) {
-  return a.group <= kRankGroup && a.max_blocks <= kManyBlocks * kRankThreads;
+  return a.group <= kRankGroup && a.max_blocks <= kRankBlocks;
 }
 
 inline size_t rank_shared_bytes(const RankSentencesArgs& a) {
   return sizeof(RankShared) + sizeof(uint32_t) * a.max_blocks;
+}
+
+/// Blocks of threads that rank one KV head of a request.
+inline cudaError_t rank_cluster(const RankSentencesArgs& a, int* count) {
+  return blocks_per_unit(a.num_heads * a.num_requests, kRankCluster, count);
 }
 
 /// triton_kernels/score_sentences.py: random_score.
@@ -77,315 +87,301 @@ struct Span {
   __device__ bool inside() const { return start < end; }
 };
 
-/// One block of threads ranks the sentences of KV head h of request s and selects.
+/// The sentences of one KV head of a request, as a block of threads sees them.
 ///
-/// A thread takes kAtOnce sentences at a time and loads all of theirs before it uses any, from
-/// the last sentence where there are fewer: a branch around a load would end the wait for it.
-/// kGroup: query heads a KV head at most; kPer: blocks of the history a thread at most.
-template <int kGroup, int kPer>
-__device__ inline void rank_sentences(const RankSentencesArgs& a, RankShared& shared, int h,
-                                      int s) {
-  constexpr int kAtOnce = kGroup > 4 ? 2 : 4;
-  const int heads = a.num_heads, group = a.group;
-  const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-  const int64_t head = static_cast<int64_t>(s) * heads + h;
-  const int kind = a.index_kind[s], mode = a.reduce[s], count = a.num_sentences[s];
-  const int n = a.block_size, lo = a.history_lo[s], hi = a.history_hi[s];
-  const int budget = a.budget_blocks[s];
-  const int32_t* ends = a.sentence_ends + s * a.ends_stride;
-  const int32_t* row_pages = a.row_pages + s * a.row_pages_stride;
-  int32_t* best = a.best + head * group * a.max_sentences;
-  float* scores = a.scores + head * a.max_sentences;
-  float* mass = a.mass + head * (a.max_sentences + 1);
-  int32_t* blocks = a.blocks + head * a.max_selected;
-  const bool share = kind != a.random && mode == a.softmax_mean;
-  const float nan = float_of(0x7fc00000u);
+/// kGroup: query heads a KV head at most. Loads are unconditional, of query head 0 where there
+/// are fewer: a branch around a load would end the wait for it.
+template <int kGroup>
+struct HeadSentences {
+  const RankSentencesArgs& a;
+  Cluster cluster;
+  int h, group, kind, mode, count, n, lo, hi, begin, end;
+  int64_t head;
+  const int32_t* ends;
+  const int32_t* row_pages;
+  int32_t* best;
+  bool shares;  // the score is a share of attention
 
-  const auto nth = [&](int first, int k) { return min(first + k * kRankThreads, count - 1); };
-  const auto read_spans = [&](int first, Span (&spans)[kAtOnce]) {
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int i = nth(first, k), before = ends[max(i - 1, 0)];
-      spans[k] = {max(i > 0 ? before : 0, lo * n), min(ends[i], hi * n)};
-    }
-  };
-  const auto code_of = [&](int g, int i) {
-    return best + static_cast<int64_t>(min(g, group - 1)) * a.max_sentences + i;
-  };
-  const auto read_codes = [&](int first, int32_t (&codes)[kAtOnce][kGroup]) {
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-#pragma unroll
-      for (int g = 0; g < kGroup; ++g) codes[k][g] = *code_of(g, nth(first, k));
-    }
-  };
-  const auto find_flags = [&](int first, uint8_t* (&flags)[kAtOnce]) {
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int i = nth(first, k);
-      const int64_t row = static_cast<int64_t>(row_pages[i / a.rows_per_page]) * a.rows_per_page +
-                          i % a.rows_per_page;
-      flags[k] = a.kept + row * heads + h;
-    }
-  };
+  __device__ HeadSentences(const RankSentencesArgs& a, const Cluster& cluster, int h, int s)
+      : a(a), cluster(cluster), h(h), group(a.group), kind(a.index_kind[s]), mode(a.reduce[s]),
+        count(a.num_sentences[s]), n(a.block_size), lo(a.history_lo[s]), hi(a.history_hi[s]),
+        head(static_cast<int64_t>(s) * a.num_heads + h), ends(a.sentence_ends + s * a.ends_stride),
+        row_pages(a.row_pages + s * a.row_pages_stride),
+        best(a.best + head * group * a.max_sentences),
+        shares(kind != a.random && mode == a.softmax_mean) {
+    const int share = (count + cluster.size - 1) / cluster.size;
+    begin = min(cluster.rank * share, count);
+    end = min(begin + share, count);
+  }
 
-  for (int j = thread; j < hi - lo; j += kRankThreads) shared.keys[j] = 0;
-  if (thread == 0) shared.end_sentence = count;
+  __device__ Span span(int i) const {
+    const int before = ends[max(i - 1, 0)];
+    return {max(i > 0 ? before : 0, lo * n), min(ends[i], hi * n)};
+  }
 
-  // The denominator of each query head: resident tokens and all sentences of the history.
-  if (share) {
-    if (warp < group) {
-      LogSum resident = LogSum::none();
-      if (kind == a.token_bits) {
-        const int chunks = (a.num_pages[s] * n + a.chunk_tokens - 1) / a.chunk_tokens;
-        for (int c = lane; c < chunks; c += kWarp) {
-          const float* source = a.partial + (head * a.max_chunks + c) * 2 * group + warp;
-          resident.merge({source[0], source[group]});
-        }
-      }
-      resident.merge_over(kWarp - 1);
-      if (lane == 0) {
-        shared.shares[0][warp] = resident.top;
-        shared.shares[1][warp] = resident.total;
-      }
-    }
-    LogSum total[kGroup];
+  __device__ int32_t* code(int g, int i) const {
+    return best + static_cast<int64_t>(g < group ? g : 0) * a.max_sentences + i;
+  }
+
+  __device__ uint8_t* flag(int i) const {
+    const int64_t page = row_pages[i / a.rows_per_page];
+    return a.kept + (page * a.rows_per_page + i % a.rows_per_page) * a.num_heads + h;
+  }
+};
+
+/// The denominator of each query head: resident tokens and all sentences of the history.
+template <int kGroup>
+__device__ inline void sum_shares(const HeadSentences<kGroup>& own, RankShared& shared,
+                                  int num_pages) {
+  const RankSentencesArgs& a = own.a;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, group = own.group;
+  LogSum total[kGroup];
 #pragma unroll
-    for (int g = 0; g < kGroup; ++g) total[g] = LogSum::none();
-    for (int first = thread; first < count; first += kAtOnce * kRankThreads) {
-      Span spans[kAtOnce];
-      int32_t codes[kAtOnce][kGroup];
-      read_spans(first, spans);
-      read_codes(first, codes);
-      float logits[kAtOnce][kGroup];
+  for (int g = 0; g < kGroup; ++g) total[g] = LogSum::none();
+#pragma unroll 1
+  for (int i = own.begin + static_cast<int>(threadIdx.x); i < own.end; i += kRankThreads) {
+    const Span span = own.span(i);
+    int32_t codes[kGroup];
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        const bool known = first + k * kRankThreads < count && spans[k].inside();
-#pragma unroll
-        for (int g = 0; g < kGroup; ++g) {
-          logits[k][g] = known && g < group ? from_ordered(codes[k][g]) : minus_infinity();
-        }
-      }
-#pragma unroll
-      for (int g = 0; g < kGroup; ++g) {
-        float top = total[g].top;
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) top = fmaxf(top, logits[k][g]);
-        if (top == minus_infinity()) continue;
-        float sum = total[g].total * expf(total[g].top - top);
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) sum += expf(logits[k][g] - top);
-        total[g] = {top, sum};
-      }
-    }
+    for (int g = 0; g < kGroup; ++g) codes[g] = *own.code(g, i);
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
-      const float top = max_over(total[g].top, kWarp - 1);
-      const float scaled = top == minus_infinity() ? 0.0f : total[g].total * expf(total[g].top - top);
-      const float sum = sum_over(scaled, kWarp - 1);
-      if (lane == 0) {
-        shared.merged[warp][0][g] = top;
-        shared.merged[warp][1][g] = sum;
-      }
-    }
-    __syncthreads();
-    if (warp < group) {
-      const LogSum resident{shared.shares[0][warp], shared.shares[1][warp]};
-      LogSum all = LogSum::none();
-      if (lane < kRankWarps) all = {shared.merged[lane][0][warp], shared.merged[lane][1][warp]};
-      all.merge_over(kWarp - 1);
-      all.merge(resident);
-      if (lane == 0) {
-        const float log_total = all.top + logf(all.total);
-        shared.log_totals[warp] = log_total;
-        const bool none = resident.total == 0.0f;
-        shared.shares[0][warp] = none ? 0.0f : resident.total * expf(resident.top - log_total);
-      }
+      total[g].add(span.inside() ? from_ordered(codes[g]) : minus_infinity());
     }
   }
-  __syncthreads();
-  float resident_mass = share ? 0.0f : nan;
-  if (share) {
-    for (int g = 0; g < group; ++g) resident_mass += shared.shares[0][g];
-    resident_mass /= group;
-  }
-
-  // A block's key is that of its best sentence; above 0 as an unsigned number, if it has one.
-  const float bonus = a.retention[s];
-  const uint32_t seed = a.seeds[s], step = *a.step;
-  for (int first = thread; first < count; first += kAtOnce * kRankThreads) {
-    Span spans[kAtOnce];
-    int32_t codes[kAtOnce][kGroup];
-    uint8_t* flags[kAtOnce];
-    read_spans(first, spans);
-    read_codes(first, codes);
-    find_flags(first, flags);
-    float bonuses[kAtOnce];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) bonuses[k] = kind == a.random ? 0.0f : bonus * *flags[k];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int i = first + k * kRankThreads;
-      if (i >= count) continue;
-      const bool inside = spans[k].inside();
-      float score = 0.0f;
-      if (kind == a.random) {
-        score = random_score(seed, step, h, i);
-      } else if (inside) {
-        float logits[kGroup], largest = minus_infinity(), sum = 0.0f;
-#pragma unroll
-        for (int g = 0; g < kGroup; ++g) {
-          if (g >= group) continue;
-          *code_of(g, i) = kLowest;
-          logits[g] = from_ordered(codes[k][g]);
-          if (mode == a.softmax_mean) logits[g] -= shared.log_totals[g];
-          largest = fmaxf(largest, logits[g]);
-        }
-        // Relative to the largest: a mean below the smallest float keeps its rank.
-#pragma unroll
-        for (int g = 0; g < kGroup; ++g) {
-          if (g >= group) continue;
-          sum += mode == a.softmax_mean ? expf(logits[g] - largest) : logits[g];
-        }
-        score = mode == a.softmax_mean     ? largest + logf(sum / group)
-                : mode == a.max_of_group ? largest
-                                         : sum / group;
-      }
-      mass[i] = share ? (inside ? expf(score) : 0.0f) : nan;
-      score = inside ? score + bonuses[k] : minus_infinity();
-      scores[i] = score;
-      if (score > minus_infinity()) {
-        const uint32_t key = static_cast<uint32_t>(to_ordered(score)) ^ 0x80000000u;
-        for (int j = spans[k].start / n; j * n < spans[k].end; ++j) {
-          atomicMax(&shared.keys[j - lo], key);
-        }
+  LogSum resident = LogSum::none();
+  if (warp < group) {
+    if (own.kind == a.token_bits) {
+      const int chunks = (num_pages * own.n + a.chunk_tokens - 1) / a.chunk_tokens;
+      const float* source = a.partial + own.head * a.max_chunks * 2 * group + warp;
+#pragma unroll 1
+      for (int c = lane; c < chunks; c += kWarp) {
+        resident.merge({source[2 * c * group], source[(2 * c + 1) * group]});
       }
     }
+    resident.merge_over(kWarp - 1);
   }
-  if (thread == 0) mass[a.max_sentences] = resident_mass;
-
-  for (int k = budget + thread; k < a.max_selected; k += kRankThreads) blocks[k] = -1;
-  if (budget == hi - lo) {
-    for (int k = thread; k < budget; k += kRankThreads) blocks[k] = lo + k;
-    if (thread == 0) a.coverage[head] = 1.0f;
-    return;
-  }
-  __syncthreads();  // keys
-
-  const int per = (hi - lo + kRankThreads - 1) / kRankThreads, begin = thread * per;
-  const int own = max(0, min(per, hi - lo - begin));
-  uint32_t keys[kPer];
 #pragma unroll
-  for (int m = 0; m < kPer; ++m) keys[m] = m < own ? shared.keys[begin + m] : 0;
-
-  // The largest threshold that at least `budget` keys reach, from the highest bits down.
-  uint32_t threshold = 0;
-  for (int bit = 30; bit >= 0; bit -= 2) {
-    int low = 0, high = 0;  // keys that reach digit 1 and, 16 bits up, 2; keys that reach 3
-#pragma unroll
-    for (int m = 0; m < kPer; ++m) {
-      if (m >= own) continue;
-      low += keys[m] >= (threshold | 1u << bit);
-      low += (keys[m] >= (threshold | 2u << bit)) << 16;
-      high += keys[m] >= (threshold | 3u << bit);
-    }
-    int32_t (*sums)[kRankWarps] = shared.sums + bit / 2 % 2 * 2;  // the others may be being read
-    low = warp_sum(low);
-    high = warp_sum(high);
+  for (int g = 0; g < kGroup; ++g) {
+    const float top = max_over(total[g].top, kWarp - 1);
+    const float scaled = top == minus_infinity() ? 0.0f : total[g].total * expf(total[g].top - top);
+    const float sum = sum_over(scaled, kWarp - 1);
     if (lane == 0) {
-      sums[0][warp] = low;
-      sums[1][warp] = high;
-    }
-    __syncthreads();
-    low = warp_sum(lane < kRankWarps ? sums[0][lane] : 0);
-    high = warp_sum(lane < kRankWarps ? sums[1][lane] : 0);
-    const int digit = ((low & 0xffff) >= budget) + ((low >> 16) >= budget) + (high >= budget);
-    threshold |= static_cast<uint32_t>(digit) << bit;
-  }
-
-  int both = 0;  // keys above the threshold and, 16 bits up, those at it
-#pragma unroll
-  for (int m = 0; m < kPer; ++m) {
-    if (m >= own) continue;
-    both += (keys[m] > threshold) + ((keys[m] == threshold) << 16);
-  }
-  const Scan scan = block_scan(both, shared.sums[0]);
-  const int missing = budget - (scan.total & 0xffff), ties_before = scan.before >> 16;
-  int position = (scan.before & 0xffff) + min(ties_before, missing);
-  int left = max(0, missing - ties_before), last_tied = -1;
-#pragma unroll
-  for (int m = 0; m < kPer; ++m) {
-    if (m >= own) continue;
-    const bool tie = keys[m] == threshold;
-    if (keys[m] > threshold || (tie && left > 0)) {
-      blocks[position++] = lo + begin + m;
-      if (tie) {
-        --left;
-        last_tied = lo + begin + m;
-      }
-    }
-  }
-
-  // The last tied block came with the first sentence of that score that touches it; equally good
-  // sentences after it were not taken.
-  last_tied = max_over(last_tied, kWarp - 1);
-  if (lane == 0) shared.sums[1][warp] = last_tied;
-  __syncthreads();
-  const int end_block = max_over(lane < kRankWarps ? shared.sums[1][lane] : -1, kWarp - 1);
-  const int32_t end_code = static_cast<int32_t>(threshold ^ 0x80000000u);
-  for (int first = thread; first < count; first += kAtOnce * kRankThreads) {
-    Span spans[kAtOnce];
-    float ranks[kAtOnce];
-    read_spans(first, spans);
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) ranks[k] = scores[nth(first, k)];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const bool touches = spans[k].start < (end_block + 1) * n && spans[k].end > end_block * n;
-      if (to_ordered(ranks[k]) == end_code && touches) {
-        atomicMin(&shared.end_sentence, nth(first, k));
-      }
+      shared.merged[warp][0][g] = top;
+      shared.merged[warp][1][g] = sum;
     }
   }
   __syncthreads();
-  const int end_sentence = shared.end_sentence;
+  if (warp < group) {
+    LogSum all = LogSum::none();
+    if (lane < kRankWarps) all = {shared.merged[lane][0][warp], shared.merged[lane][1][warp]};
+    all.merge_over(kWarp - 1);
+    if (lane == 0) {
+      shared.share[0][warp] = all.top;
+      shared.share[1][warp] = all.total;
+    }
+  }
+  own.cluster.sync();
+  if (warp < group) {
+    LogSum all = LogSum::none();
+    if (lane < own.cluster.size) {
+      const float(*theirs)[kRankGroup] = own.cluster.at(shared.share, lane);
+      all = {theirs[0][warp], theirs[1][warp]};
+    }
+    all.merge_over(kWarp - 1);
+    all.merge(resident);
+    if (lane == 0) {
+      const float log_total = all.top + logf(all.total);
+      shared.log_totals[warp] = log_total;
+      const bool none = resident.total == 0.0f;
+      shared.resident[warp] = none ? 0.0f : resident.total * expf(resident.top - log_total);
+    }
+  }
+  __syncthreads();
+}
+
+/// The score of a sentence of the history.
+template <int kGroup>
+__device__ inline float reduce_group(const HeadSentences<kGroup>& own, const int32_t (&codes)[kGroup],
+                                     const float* log_totals) {
+  const bool is_share = own.mode == own.a.softmax_mean;
+  float logits[kGroup], largest = minus_infinity(), sum = 0.0f;
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+    logits[g] = from_ordered(codes[g]) - (is_share ? log_totals[g] : 0.0f);
+    if (g < own.group) largest = fmaxf(largest, logits[g]);
+  }
+  // Relative to the largest: a mean below the smallest float keeps its rank.
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+    const float part = is_share ? expf(logits[g] - largest) : logits[g];
+    if (g < own.group) sum += part;
+  }
+  if (is_share) return largest + logf(sum / own.group);
+  return own.mode == own.a.max_of_group ? largest : sum / own.group;
+}
+
+/// Scores, masses, and the keys of blocks: that of a block's best sentence, above 0 as an unsigned
+/// number, if it has one. The first block of the cluster holds them.
+template <int kGroup>
+__device__ inline void score_sentences(const HeadSentences<kGroup>& own, RankShared& shared, int s) {
+  const RankSentencesArgs& a = own.a;
+  const float bonus = a.retention[s], nan = float_of(0x7fc00000u);
+  const uint32_t seed = a.seeds[s], step = *a.step;
+  float* scores = a.scores + own.head * a.max_sentences;
+  float* mass = a.mass + own.head * (a.max_sentences + 1);
+  uint32_t* keys = own.cluster.at(shared.keys, 0);
+  const bool is_random = own.kind == a.random;
+#pragma unroll 1
+  for (int i = own.begin + static_cast<int>(threadIdx.x); i < own.end; i += kRankThreads) {
+    const uint8_t* flag = own.flag(i);
+    const Span span = own.span(i);
+    int32_t codes[kGroup];
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) codes[g] = *own.code(g, i);
+    const float retained = is_random ? 0.0f : bonus * *flag;
+    const bool inside = span.inside();
+    float score = is_random ? random_score(seed, step, own.h, i)
+                            : reduce_group(own, codes, shared.log_totals);
+    mass[i] = own.shares ? (inside ? expf(score) : 0.0f) : nan;
+    score = inside ? score + retained : minus_infinity();
+    scores[i] = score;
+    if (!inside) continue;
+    if (!is_random) {
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) *own.code(g, i) = kLowest;
+    }
+    if (score == minus_infinity()) continue;
+    const uint32_t key = static_cast<uint32_t>(to_ordered(score)) ^ 0x80000000u;
+    const int last = (span.end - 1) / own.n - own.lo;
+#pragma unroll 1
+    for (int j = span.start / own.n - own.lo; j <= last; ++j) atomicMax(&keys[j], key);
+  }
+}
+
+/// The last tied block came with the first sentence of that score that touches it; equally good
+/// sentences after it were not taken. The calling warp finds it; 32 sentences at a time.
+template <int kGroup>
+__device__ inline int find_end_sentence(const HeadSentences<kGroup>& own, int s, int end_block,
+                                        int32_t end_code) {
+  const int lane = threadIdx.x % kWarp;
+  const float* scores = own.a.scores + own.head * own.a.max_sentences;
+  const int from = end_block * own.n, to = from + own.n;
+  int i = (own.a.first + s * own.a.first_stride)[from / kGranule];
+  for (; i < own.count; i += kWarp) {
+    const int mine = min(i + lane, own.count - 1);
+    const Span span = own.span(mine);
+    const bool found = i + lane < own.count && to_ordered(scores[mine]) == end_code &&
+                       span.start < to && span.end > from;
+    const unsigned all = __ballot_sync(kAllLanes, found);
+    if (all != 0) return i + __ffs(static_cast<int>(all)) - 1;
+    if (own.ends[min(i + kWarp, own.count) - 1] >= to) break;
+  }
+  return own.count;
+}
+
+/// Mark the selected sentences of a block's share; returns its part of their mass, in warp 0.
+template <int kGroup>
+__device__ inline float mark_selected(const HeadSentences<kGroup>& own, RankShared& shared,
+                                      int32_t end_code, int end_sentence) {
+  const RankSentencesArgs& a = own.a;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const float* scores = a.scores + own.head * a.max_sentences;
+  const float* mass = a.mass + own.head * (a.max_sentences + 1);
   float covered = 0.0f;
-  for (int first = thread; first < count; first += kAtOnce * kRankThreads) {
-    float ranks[kAtOnce], parts[kAtOnce];
-    uint8_t* flags[kAtOnce];
-    find_flags(first, flags);
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      ranks[k] = scores[nth(first, k)];
-      parts[k] = mass[nth(first, k)];
-    }
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int i = first + k * kRankThreads;
-      if (i >= count) continue;
-      const int32_t code = to_ordered(ranks[k]);
-      const bool taken = ranks[k] > minus_infinity() &&
-                         (code > end_code || (code == end_code && i <= end_sentence));
-      *flags[k] = taken;
-      if (taken) covered += parts[k];
-    }
+#pragma unroll 1
+  for (int i = own.begin + static_cast<int>(threadIdx.x); i < own.end; i += kRankThreads) {
+    uint8_t* flag = own.flag(i);
+    const float score = scores[i], part = mass[i];
+    const int32_t code = to_ordered(score);
+    const bool taken = score > minus_infinity() &&
+                       (code > end_code || (code == end_code && i <= end_sentence));
+    *flag = taken;
+    covered += taken ? part : 0.0f;
   }
   covered = sum_over(covered, kWarp - 1);
   if (lane == 0) shared.merged[warp][0][0] = covered;
   __syncthreads();
-  if (warp == 0) {
-    covered = sum_over(lane < kRankWarps ? shared.merged[lane][0][0] : 0.0f, kWarp - 1);
-    if (lane == 0) a.coverage[head] = covered + resident_mass;
-  }
+  return sum_over(lane < kRankWarps ? shared.merged[lane][0][0] : 0.0f, kWarp - 1);
 }
 
-/// Grid (H, S).
-template <int kGroup, int kPer>
+/// A cluster ranks the sentences of KV head h of request s, and its first block selects.
+///
+/// Returns whether all of the history was selected. After a barrier of the cluster `add_coverage`.
+template <int kGroup>
+__device__ inline bool rank_sentences(const RankSentencesArgs& a, const Cluster& cluster,
+                                      RankShared& shared, int h, int s) {
+  const HeadSentences<kGroup> own(a, cluster, h, s);
+  const int thread = threadIdx.x, history = own.hi - own.lo, budget = a.budget_blocks[s];
+  const bool leads = cluster.rank == 0;
+  int32_t* blocks = a.blocks + own.head * a.max_selected;
+
+  if (leads) {
+    for (int j = thread; j < history; j += kRankThreads) shared.keys[j] = 0;
+  }
+  if (own.shares) {
+    sum_shares(own, shared, a.num_pages[s]);
+  } else {
+    cluster.sync();  // keys
+  }
+  score_sentences(own, shared, s);
+  cluster.sync();
+
+  if (leads) {
+    for (int k = budget + thread; k < a.max_selected; k += kRankThreads) blocks[k] = -1;
+    if (thread == 0) {
+      float resident = own.shares ? 0.0f : float_of(0x7fc00000u);
+      for (int g = 0; g < own.group; ++g) resident += own.shares ? shared.resident[g] : 0.0f;
+      a.mass[own.head * (a.max_sentences + 1) + a.max_sentences] = resident / own.group;
+    }
+  }
+  if (budget == history) {
+    if (leads) {
+      for (int k = thread; k < budget; k += kRankThreads) blocks[k] = own.lo + k;
+    }
+    return true;
+  }
+
+  if (leads) {
+    const Threshold threshold = find_threshold(shared.keys, history, budget, shared.select);
+    const int end_block =
+        own.lo + write_selected(shared.keys, history, threshold, own.lo, blocks, shared.select);
+    const int32_t end_code = static_cast<int32_t>(threshold.key ^ 0x80000000u);
+    if (thread < kWarp) {
+      const int end_sentence =
+          threshold.ties > 0 ? find_end_sentence(own, s, end_block, end_code) : -1;
+      if (thread == 0) {
+        shared.end_code = end_code;
+        shared.end_sentence = end_sentence;
+      }
+    }
+  }
+  cluster.sync();
+  const float covered = mark_selected(own, shared, *cluster.at(&shared.end_code, 0),
+                                      *cluster.at(&shared.end_sentence, 0));
+  if (thread == 0) *cluster.at(&shared.covered[cluster.rank], 0) = covered;
+  return false;
+}
+
+/// One thread of a cluster's first block writes the share of attention that was selected.
+__device__ inline void add_coverage(const RankSentencesArgs& a, const Cluster& cluster,
+                                    const RankShared& shared, bool all, int h, int s) {
+  const int64_t head = static_cast<int64_t>(s) * a.num_heads + h;
+  float sum = a.mass[head * (a.max_sentences + 1) + a.max_sentences];
+  for (int r = 0; r < cluster.size; ++r) sum += all ? 0.0f : shared.covered[r];
+  a.coverage[head] = all ? 1.0f : sum;
+}
+
+/// Grid (H * cluster, S).
+template <int kGroup>
 static __global__ void __launch_bounds__(kRankThreads, 1)
     rank_sentences_kernel(const RankSentencesArgs a) {
-  extern __shared__ __align__(16) unsigned char shared_memory[];
-  rank_sentences<kGroup, kPer>(a, *reinterpret_cast<RankShared*>(shared_memory), blockIdx.x,
-                               blockIdx.y);
+  const Cluster cluster = Cluster::current();
+  const int h = blockIdx.x / cluster.size, s = blockIdx.y;
+  RankShared& shared = *reinterpret_cast<RankShared*>(shared_of_block());
+  const bool all = rank_sentences<kGroup>(a, cluster, shared, h, s);
+  cluster.sync();
+  if (cluster.rank == 0 && threadIdx.x == 0) add_coverage(a, cluster, shared, all, h, s);
 }
 
 }  // namespace sentencekv

@@ -42,9 +42,9 @@ inline size_t resolve_shared_bytes(const ResolveResidencyArgs& a) {
 }
 
 /// One block of threads gives the selection of KV head h of request s its slots. A page and a slot
-/// belong to one request, so blocks share nothing but the totals. Returns the number of misses,
-/// whose rows other threads may read after a barrier.
-__device__ inline int resolve_residency(const ResolveResidencyArgs& a,
+/// belong to one request, so blocks share nothing but the totals. Other threads may read the misses
+/// after a barrier.
+__device__ inline void resolve_residency(const ResolveResidencyArgs& a,
                                         unsigned char* shared_memory, int h, int s) {
   const int padded_slots = padded(a.num_slots);
   int32_t* stamps = reinterpret_cast<int32_t*>(shared_memory);  // [padded_slots]
@@ -82,7 +82,7 @@ __device__ inline int resolve_residency(const ResolveResidencyArgs& a,
     atomicAdd(&a.hit_totals[s], static_cast<unsigned long long>(budget - num_missing));
     atomicAdd(&a.miss_totals[s], static_cast<unsigned long long>(num_missing));
   }
-  if (num_missing == 0) return 0;
+  if (num_missing == 0) return;
 
   // The barriers of the last scan made the stamps of the hits visible.
   for (int i = threadIdx.x; i < padded_slots; i += blockDim.x) {
@@ -115,7 +115,6 @@ __device__ inline int resolve_residency(const ResolveResidencyArgs& a,
     row[1] = h;
     row[2] = slot;
   }
-  return num_missing;
 }
 
 /// Grid (H, S).

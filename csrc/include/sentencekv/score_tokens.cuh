@@ -9,11 +9,11 @@
 
 #include <climits>
 
+#include "granule.hpp"
 #include "warp.cuh"
 
 namespace sentencekv {
 
-constexpr int kGranule = 16;         // tokens; divides every block size
 constexpr int kTileTokens = 32;      // a warp scores at a time
 constexpr int kChunkTokens = 1024;   // a block scores; `partial` has an entry for each chunk
 constexpr int kScoreThreads = 128;

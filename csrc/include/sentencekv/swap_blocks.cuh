@@ -84,11 +84,12 @@ __device__ inline void gather_piece(const GatherMissesArgs& a, const int32_t* ro
              a.head_block_bytes, piece);
 }
 
-/// One block of threads copies the first `count` misses of its own region.
-__device__ inline void gather_region(const GatherMissesArgs& a, int64_t region, int count) {
+/// Block `rank` of `size` copies its share of the misses of a region.
+__device__ inline void gather_region(const GatherMissesArgs& a, int64_t region, int rank, int size) {
   const int pieces = pieces_of(a.head_block_bytes), warps = blockDim.x / kWarp;
+  const int units = a.miss_counts[region] * pieces;
   const int32_t* rows = a.misses + region * a.max_blocks * 3;
-  for (int unit = threadIdx.x / kWarp; unit < count * pieces; unit += warps) {
+  for (int unit = threadIdx.x / kWarp * size + rank; unit < units; unit += warps * size) {
     gather_piece(a, rows + unit / pieces * 3, unit % pieces);
   }
 }

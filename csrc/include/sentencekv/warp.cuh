@@ -57,6 +57,13 @@ __device__ inline int max_over(int value, int lanes) {
   return value;
 }
 
+__device__ inline uint32_t max_over(uint32_t value, int lanes) {
+  for (int bit = 1; bit < kWarp; bit *= 2) {
+    if (lanes & bit) value = max(value, __shfl_xor_sync(kAllLanes, value, bit));
+  }
+  return value;
+}
+
 __device__ inline float sum_over(float value, int lanes) {
   for (int bit = 1; bit < kWarp; bit *= 2) {
     if (lanes & bit) value += __shfl_xor_sync(kAllLanes, value, bit);
