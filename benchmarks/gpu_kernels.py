@@ -20,6 +20,7 @@ from sentencekv_vllm.types import IndexKind
 
 # The rest is Triton in both; from the logits on, CUDA has one launch for all.
 CUDA_KERNELS = ("score_tokens", "select_and_swap_in", "resolve_residency", "swap_in")
+EMPTIES_LOGITS = ("select_and_swap_in",)
 OFFLOADED_PAGES = 256  # what one chunk of prefill copies out
 SEALED_SENTENCES = 128
 SEALED_TOKENS = 28

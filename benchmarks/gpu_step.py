@@ -63,6 +63,18 @@ class Step:
         self.ops.set_step(self._step)
         return lambda: self.layer.restore(state)
 
+    def with_logits(self, restore: Callable[[], None]) -> Callable[[], None]:
+        """A call of `restore` that also leaves the logits of all sentences, ready to be ranked."""
+        layer, best = self.layer, self.work.best
+        self.ops.score(layer.geometry, layer.pools, layer.batch, layer.query)
+        saved = best.clone()
+
+        def both() -> None:
+            restore()
+            best.copy_(saved)
+
+        return both
+
     def advance(self) -> None:
         self._step += 1
         self.ops.set_step(self._step)

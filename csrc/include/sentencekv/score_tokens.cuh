@@ -25,6 +25,7 @@ constexpr int kSetTiles = kSetHeads * kPlanes / 8;
 constexpr int kStepBytes = 16;       // byte rows (of 8 channels) of one product
 constexpr int kMaxByteRows = 32;
 constexpr int kMaxGroup = 8;
+constexpr int kMaxPlaneWords = kMaxGroup / kSetHeads * kSetTiles * (kMaxByteRows / kStepBytes);
 constexpr int kOverTokens = 4 | 8 | 16;  // bits of the lane by which the tokens of a tile differ
 
 /// S requests, H KV heads, G query heads a KV head, E channels, N tokens a page.
@@ -54,7 +55,7 @@ struct ScoreTokensArgs {
 
 inline size_t score_shared_bytes(const ScoreTokensArgs& a) {
   return sizeof(float) * kScoreWarps * 2 * kMaxGroup + sizeof(int32_t) * kMaxByteRows +
-         static_cast<size_t>(a.group) * a.num_byte_rows * 8;
+         sizeof(uint32_t) * kMaxPlaneWords * kWarp + static_cast<size_t>(a.group) * a.num_byte_rows * 8;
 }
 
 __device__ inline float half_to_float(uint16_t half) {
@@ -137,12 +138,8 @@ struct LaneTokens {
       : page(token / block_size), column(token % block_size) {}
 
   __device__ void advance(int block_size) {
-    page += kTileTokens / block_size;
-    column += kTileTokens % block_size;
-    if (column >= block_size) {
-      column -= block_size;
-      ++page;
-    }
+    column += kTileTokens;
+    for (; column >= block_size; ++page) column -= block_size;  // a few times; no division
   }
 };
 
@@ -210,7 +207,8 @@ static __global__ void __launch_bounds__(kScoreThreads, kFull && kSets == 1 ? 8 
   extern __shared__ __align__(16) unsigned char shared_memory[];
   float* merged = reinterpret_cast<float*>(shared_memory);  // [warps, 2, kMaxGroup]
   int32_t* chosen = reinterpret_cast<int32_t*>(merged + kScoreWarps * 2 * kMaxGroup);
-  int8_t* levels = reinterpret_cast<int8_t*>(chosen + kMaxByteRows);  // [G, E]
+  uint32_t* plane_words = reinterpret_cast<uint32_t*>(chosen + kMaxByteRows);  // [., lanes]
+  int8_t* levels = reinterpret_cast<int8_t*>(plane_words + kMaxPlaneWords * kWarp);  // [G, E]
 
   const int s = blockIdx.y / a.num_heads, h = blockIdx.y % a.num_heads;
   const int num_tokens = a.num_pages[s] * a.block_size;
@@ -229,6 +227,7 @@ static __global__ void __launch_bounds__(kScoreThreads, kFull && kSets == 1 ? 8 
   tile.read(a, pages, h, q, tokens, warp_begin + 4 * row < num_tokens);
 
   const uint32_t* level_words = reinterpret_cast<const uint32_t*>(a.levels + head * group * num_rows * 8);
+#pragma unroll 1
   for (int i = threadIdx.x; i < group * num_rows * 2; i += kScoreThreads) {
     reinterpret_cast<uint32_t*>(levels)[i] = level_words[i];
   }
@@ -238,30 +237,37 @@ static __global__ void __launch_bounds__(kScoreThreads, kFull && kSets == 1 ? 8 
     choose_rows(levels, group, num_rows, a.byte_rows[s], chosen, reinterpret_cast<int32_t*>(merged));
   }
 
-  // Column 2 i + j of tile t is plane 2 t + j of the set's head i: a lane receives all planes of one.
+  // Column 2 i + j of tile t is plane 2 t + j of the set's head i: a lane receives all planes of
+  // one. A warp makes some of the words, and all warps use all.
+#pragma unroll 1
+  for (int word = warp; word < kSets * kSetTiles * kSteps; word += kScoreWarps) {
+    const int step = word % kSteps, t = word / kSteps % kSetTiles, set = word / kSteps / kSetTiles;
+    const StepRows<kFull> rows(step, q, num_rows);
+    const int column_head = set * kSetHeads + row / 2, plane = 2 * t + row % 2;
+    const int8_t* column = levels + (column_head < group ? column_head : 0) * num_rows * 8;
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int source = rows.has(i) ? rows.row(i) : 0;
+      const bool there = rows.has(i) && column_head < group && chosen[source];
+      const uint32_t* pair = reinterpret_cast<const uint32_t*>(column + source * 8);
+      const uint32_t low = there ? pair[0] : 0, high = there ? pair[1] : 0;
+      bits |= (plane_of(low, plane) | plane_of(high, plane) << 4) << 8 * i;
+    }
+    plane_words[word * kWarp + lane] = bits;
+  }
+  __syncthreads();
   uint32_t planes[kSets][kSetTiles][kSteps];
   int level_sum[kSets];
   float unit[kSets];
 #pragma unroll
   for (int set = 0; set < kSets; ++set) {
-    const int column_head = set * kSetHeads + row / 2;
-    const int8_t* column = levels + (column_head < group ? column_head : 0) * num_rows * 8;
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const StepRows<kFull> rows(step, q, num_rows);
+    for (int t = 0; t < kSetTiles; ++t) {
 #pragma unroll
-      for (int t = 0; t < kSetTiles; ++t) planes[set][t][step] = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int source = rows.has(i) ? rows.row(i) : 0;
-        const bool there = rows.has(i) && column_head < group && chosen[source];
-        const uint32_t* pair = reinterpret_cast<const uint32_t*>(column + source * 8);
-        const uint32_t low = there ? pair[0] : 0, high = there ? pair[1] : 0;
-#pragma unroll
-        for (int t = 0; t < kSetTiles; ++t) {
-          const int plane = 2 * t + row % 2;
-          planes[set][t][step] |= (plane_of(low, plane) | plane_of(high, plane) << 4) << 8 * i;
-        }
+      for (int step = 0; step < kSteps; ++step) {
+        const int word = (set * kSetTiles + t) * kSteps + step;
+        planes[set][t][step] = plane_words[word * kWarp + lane];
       }
     }
     const int mine = set * kSetHeads + q;
