@@ -66,7 +66,7 @@ def quantize_query(query: Tensor, rotation: Tensor, levels: Tensor, steps: Tenso
         D=dim,
         E=rotation.shape[1],
         E_PAD=padded_channels(rotation.shape[1]),
-        K_STEP=16,
+        K_STEP=32 if dim % 32 == 0 else 16,
         ROWS=ROWS,
         QUERY_LEVELS=QUERY_LEVELS,
         num_warps=8 if dim > 128 else 4,

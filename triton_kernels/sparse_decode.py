@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 SPLIT = 128  # tokens a program attends to
-TILE = 64  # tokens in flight
+TILE = 128  # tokens in flight
 PARTS = 16  # splits that are merged at a time
 
 
@@ -216,6 +216,7 @@ def sparse_decode(
         N=n,
         SPLIT=SPLIT,
         TILE=TILE,
+        num_warps=8,
         num_stages=2,
     )
     _merge_splits[(requests, num_query_heads)](

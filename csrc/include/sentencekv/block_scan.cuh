@@ -23,13 +23,15 @@ __device__ inline Scan block_scan(int value, int* warp_totals) {
   __syncthreads();  // the call before this one may still be reading
   if (lane == kWarp - 1) warp_totals[warp] = upto;
   __syncthreads();
-  Scan scan{upto - value, 0};
   const int warps = blockDim.x / kWarp;
-  for (int w = 0; w < warps; ++w) {
-    scan.before += w < warp ? warp_totals[w] : 0;
-    scan.total += warp_totals[w];
+  const int mine = lane < warps ? warp_totals[lane] : 0;
+  int warps_upto = mine;
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, warps_upto, distance);
+    if (lane >= distance) warps_upto += other;
   }
-  return scan;
+  return {__shfl_sync(0xffffffffu, warps_upto - mine, warp) + upto - value,
+          __shfl_sync(0xffffffffu, warps_upto, warps - 1)};
 }
 
 }  // namespace sentencekv

@@ -51,7 +51,8 @@ struct Cluster {
   }
 };
 
-/// The largest power of two of blocks that share one of `units` of work, so that all run at once.
+/// The largest power of two of blocks that share one of `units` of work, so that all run at once,
+/// two a multiprocessor.
 inline cudaError_t blocks_per_unit(int units, int most, int* count) {
   *count = 1;
 #ifndef __CUDACC__
@@ -65,7 +66,7 @@ inline cudaError_t blocks_per_unit(int units, int most, int* count) {
 #endif
   int processors = 0;
   const cudaError_t found = multiprocessors(&processors);
-  while (*count < most && *count * 2 * units <= processors) *count *= 2;
+  while (*count < most && *count * units <= processors) *count *= 2;
   return found;
 }
 

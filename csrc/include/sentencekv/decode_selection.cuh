@@ -26,7 +26,7 @@ inline size_t selection_shared_bytes(const DecodeSelectionArgs& a) {
 
 /// Grid (H * cluster, S).
 template <int kGroup>
-static __global__ void __launch_bounds__(kRankThreads, 1)
+static __global__ void __launch_bounds__(kRankThreads, kGroup > 4 ? 1 : 2)
     decode_selection_kernel(const DecodeSelectionArgs a) {
   const Cluster cluster = Cluster::current();
   const int h = blockIdx.x / cluster.size, s = blockIdx.y, heads = a.rank.num_heads;

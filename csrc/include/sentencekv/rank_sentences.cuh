@@ -231,6 +231,7 @@ __device__ inline void score_sentences(const HeadSentences<kGroup>& own, RankSha
   float* scores = a.scores + own.head * a.max_sentences;
   float* mass = a.mass + own.head * (a.max_sentences + 1);
   uint32_t* keys = own.cluster.at(shared.keys, 0);
+  uint32_t largest = 0, inverse_least = 0;
   const bool is_random = own.kind == a.random;
 #pragma unroll 1
   for (int i = own.begin + static_cast<int>(threadIdx.x); i < own.end; i += kRankThreads) {
@@ -253,9 +254,18 @@ __device__ inline void score_sentences(const HeadSentences<kGroup>& own, RankSha
     }
     if (score == minus_infinity()) continue;
     const uint32_t key = static_cast<uint32_t>(to_ordered(score)) ^ 0x80000000u;
+    largest = max(largest, key);
+    inverse_least = max(inverse_least, ~key);
     const int last = (span.end - 1) / own.n - own.lo;
 #pragma unroll 1
     for (int j = span.start / own.n - own.lo; j <= last; ++j) atomicMax(&keys[j], key);
+  }
+  largest = max_over(largest, kWarp - 1);
+  inverse_least = max_over(inverse_least, kWarp - 1);
+  if (threadIdx.x % kWarp == 0) {
+    SelectShared* select = own.cluster.at(&shared.select, 0);
+    atomicMax(&select->largest, largest);
+    atomicMax(&select->inverse_least, inverse_least);
   }
 }
 
@@ -318,6 +328,7 @@ __device__ inline bool rank_sentences(const RankSentencesArgs& a, const Cluster&
 
   if (leads) {
     for (int j = thread; j < history; j += kRankThreads) shared.keys[j] = 0;
+    if (thread == 0) shared.select.largest = shared.select.inverse_least = 0;
   }
   if (own.shares) {
     sum_shares(own, shared, a.num_pages[s]);
@@ -374,7 +385,7 @@ __device__ inline void add_coverage(const RankSentencesArgs& a, const Cluster& c
 
 /// Grid (H * cluster, S).
 template <int kGroup>
-static __global__ void __launch_bounds__(kRankThreads, 1)
+static __global__ void __launch_bounds__(kRankThreads, kGroup > 4 ? 1 : 2)
     rank_sentences_kernel(const RankSentencesArgs a) {
   const Cluster cluster = Cluster::current();
   const int h = blockIdx.x / cluster.size, s = blockIdx.y;

@@ -387,6 +387,14 @@ static __global__ void __launch_bounds__(kScoreThreads, kFull && kSets == 1 ? 8 
     }
   }
 
+  float* totals = a.partial + (head * a.max_chunks + blockIdx.x) * 2 * group;
+  if (!softmax || (chunk_begin >= lo && min(chunk_begin + kChunkTokens, num_tokens) <= hi)) {
+    if (warp == 0 && lane < group) {
+      totals[lane] = minus_infinity();
+      totals[group + lane] = 0.0f;
+    }
+    return;
+  }
   __syncthreads();  // `merged` may hold energies
 #pragma unroll
   for (int set = 0; set < kSets; ++set) {
@@ -404,9 +412,8 @@ static __global__ void __launch_bounds__(kScoreThreads, kFull && kSets == 1 ? 8 
     for (int w = 0; w < kScoreWarps; ++w) {
       sum.merge({merged[(w * 2 + 0) * kMaxGroup + g], merged[(w * 2 + 1) * kMaxGroup + g]});
     }
-    float* target = a.partial + (head * a.max_chunks + blockIdx.x) * 2 * group + g;
-    target[0] = sum.top;
-    target[group] = sum.total;
+    totals[g] = sum.top;
+    totals[group + g] = sum.total;
   }
 }
 

@@ -16,7 +16,7 @@ static_assert(kBins == 2 * kRankThreads);
 struct SelectShared {
   int32_t sums[2][kRankWarps];
   int32_t bins[kBins];
-  uint32_t extremes[2][kRankWarps];
+  uint32_t largest, inverse_least;  // of the keys, but for 0; inverse, so that 0 is none
   int32_t bin, above;
 };
 
@@ -29,28 +29,14 @@ struct Threshold {
 /// The `budget`-th largest of `count` keys, of which 0 is the least and may be many.
 ///
 /// Histograms of ever finer bins over the range that holds it. The first is over what there is
-/// between the least and the largest key: scores of a request are close to each other.
+/// between bounds of the keys that the caller has left in `shared`: scores of a request are close
+/// to each other.
 __device__ inline Threshold find_threshold(const uint32_t* keys, int count, int budget,
                                            SelectShared& shared) {
-  const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-  uint32_t largest = 0, inverse_least = 0;
-  for (int j = thread; j < count; j += kRankThreads) {
-    largest = max(largest, keys[j]);
-    inverse_least = max(inverse_least, keys[j] == 0 ? 0u : ~keys[j]);
-  }
-  largest = max_over(largest, kWarp - 1);
-  inverse_least = max_over(inverse_least, kWarp - 1);
-  if (lane == 0) {
-    shared.extremes[0][warp] = largest;
-    shared.extremes[1][warp] = inverse_least;
-  }
-  __syncthreads();
-  largest = max_over(lane < kRankWarps ? shared.extremes[0][lane] : 0, kWarp - 1);
-  inverse_least = max_over(lane < kRankWarps ? shared.extremes[1][lane] : 0, kWarp - 1);
+  const int thread = threadIdx.x;
   if (budget == 0) return {0xffffffffu, 0};
-  if (largest == 0) return {0, budget};
-
-  uint32_t base = ~inverse_least, last = largest - base;  // the range is base to base + last
+  if (shared.largest == 0) return {0, budget};
+  uint32_t base = ~shared.inverse_least, last = shared.largest - base;  // the range is base to base + last
   int need = budget;
   for (;;) {
     const int shift = max(0, 32 - __clz(static_cast<int>(last)) - kBinBits);

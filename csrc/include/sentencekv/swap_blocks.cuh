@@ -112,11 +112,11 @@ __device__ inline void gather_region(const GatherMissesArgs& a, int64_t region, 
   __syncthreads();
 
   const int pieces = pieces_of(a.head_block_bytes);
-  const int64_t units = static_cast<int64_t>(total) * pieces;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
-  for (int64_t unit = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
-       unit < units; unit += stride) {
-    const int miss = static_cast<int>(unit / pieces), piece = static_cast<int>(unit % pieces);
+  const int units = total * pieces;  // of 2 KiB: 32 bits name more than a host has
+  const int stride = static_cast<int>(gridDim.x * blockDim.x) / kWarp;
+  for (int unit = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) / kWarp; unit < units;
+       unit += stride) {
+    const int miss = unit / pieces, piece = unit % pieces;
     const int region = first_above(ends, a.num_regions, miss);
     const int rank = miss - (region > 0 ? ends[region - 1] : 0);
     const int32_t* row = a.misses + (static_cast<int64_t>(region) * a.max_blocks + rank) * 3;
