@@ -68,7 +68,7 @@ def kernels(step: Step) -> dict[str, Callable[[], None]]:
     of_cuda: dict[str, Callable[[], None]] = {}
     if isinstance(ops, CudaOps):
         of_cuda = {
-            "score_tokens": lambda: ops.score(geometry, pools, batch, query),
+            "score_tokens": lambda: ops.score(geometry, pools, batch, query, layer.rotation),
             "select_and_swap_in": lambda: ops.select_and_swap_in(geometry, pools, batch, layer.out),
         }
     return {

@@ -66,7 +66,7 @@ class Step:
     def with_logits(self, restore: Callable[[], None]) -> Callable[[], None]:
         """A call of `restore` that also leaves the logits of all sentences, ready to be ranked."""
         layer, best = self.layer, self.work.best
-        self.ops.score(layer.geometry, layer.pools, layer.batch, layer.query)
+        self.ops.score(layer.geometry, layer.pools, layer.batch, layer.query, layer.rotation)
         saved = best.clone()
 
         def both() -> None:

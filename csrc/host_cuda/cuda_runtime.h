@@ -8,9 +8,11 @@
 // a cluster run together, others one after the other. One host thread may run kernels at a time.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -49,6 +51,9 @@ struct dim3 {
 struct alignas(16) int4 {
   int x, y, z, w;
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
@@ -57,7 +62,7 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 9;  // odd, so that work does not divide evenly
+  *value = 3;  // odd, so that work does not divide evenly
   return cudaSuccess;
 }
 inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* out, const void* pointer) {
@@ -94,19 +99,22 @@ struct Barrier {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // of the first entry; later ones are jumps, which call no kernel
+  jmp_buf place;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   dim3 index, block;
   int number, rank;  // in the cluster: of this thread, and of its block
-  bool done = false;
+  bool started = false, done = false;
 };
+
+using Words = std::array<uint32_t, 3>;
 
 struct Cluster {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Barrier> warps, blocks;
   Barrier all;
-  std::vector<int> exchange;  // [threads]: what each lane shows to its warp
-  ucontext_t scheduler;
+  std::vector<Words> exchange;  // [threads]: what each lane shows to its warp
+  jmp_buf scheduler;
   Fiber* current = nullptr;
   bool moved = false;     // a fiber passed or reached a barrier in this pass over a warp
   bool progress = false;  // the same for the passes over all warps
@@ -132,6 +140,22 @@ inline void fiber_main() {
   cluster.body();
   cluster.current->done = true;
   cluster.moved = true;
+  _longjmp(cluster.scheduler, 1);
+}
+
+/// Go on with a fiber until it waits or is done.
+[[gnu::noinline]] inline void resume(Fiber& fiber) {
+  cluster.current = &fiber;
+  threadIdx = fiber.index;
+  blockIdx = fiber.block;
+  if (_setjmp(cluster.scheduler)) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
+
+[[gnu::noinline]] inline void suspend() {
+  if (!_setjmp(cluster.current->place)) _longjmp(cluster.scheduler, 1);
 }
 
 inline void wait(Barrier& barrier) {
@@ -142,9 +166,7 @@ inline void wait(Barrier& barrier) {
     ++barrier.generation;
     return;
   }
-  while (barrier.generation == generation) {
-    swapcontext(&cluster.current->context, &cluster.scheduler);
-  }
+  while (barrier.generation == generation) suspend();
   cluster.moved = true;
 }
 
@@ -160,10 +182,7 @@ inline bool run_warp(int warp) {
       Fiber& fiber = *cluster.fibers[t];
       if (fiber.done) continue;
       running = true;
-      cluster.current = &fiber;
-      threadIdx = fiber.index;
-      blockIdx = fiber.block;
-      swapcontext(&cluster.scheduler, &fiber.context);
+      resume(fiber);
     }
     cluster.progress |= cluster.moved;
   } while (cluster.moved);
@@ -178,7 +197,7 @@ inline void run_cluster(dim3 first, int threads, int size, size_t shared_bytes) 
   cluster.all = {all};
   cluster.blocks.assign(size, Barrier{threads});
   cluster.warps.assign(all / kWarp, Barrier{kWarp});
-  cluster.exchange.assign(all, 0);
+  cluster.exchange.assign(all, Words{});
   for (int rank = 0; rank < size; ++rank) {
     unsigned char* shared = sentencekv::shared_memory + rank * kSharedBytes;
     for (size_t i = 0; i < shared_bytes; ++i) shared[i] = static_cast<unsigned char>(cluster.random());
@@ -190,12 +209,12 @@ inline void run_cluster(dim3 first, int threads, int size, size_t shared_bytes) 
     fiber.index = dim3(t % threads, 0, 0);
     fiber.rank = t / threads;
     fiber.number = t;
-    fiber.block = dim3(first.x + fiber.rank, first.y, 0);
-    fiber.done = false;
+    fiber.block = dim3(first.x + fiber.rank, first.y, first.z);
+    fiber.started = fiber.done = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = &cluster.scheduler;
+    fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, fiber_main, 0);
   }
   for (bool running = true; running;) {
@@ -213,9 +232,11 @@ inline void run(dim3 grid, dim3 threads, int size, size_t shared_bytes, std::fun
   gridDim = grid;
   blockDim = threads;
   cluster.body = std::move(body);
-  for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; x += size) {
-      run_cluster(dim3(x, y, 0), static_cast<int>(threads.x), size, shared_bytes);
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; x += size) {
+        run_cluster(dim3(x, y, z), static_cast<int>(threads.x), size, shared_bytes);
+      }
     }
   }
 }
@@ -228,33 +249,46 @@ inline void __syncthreads() {
   host_cuda::wait(host_cuda::cluster.blocks[host_cuda::cluster_rank()]);
 }
 
+/// Show words to the warp, and `read(words of all lanes)`.
+template <class Read>
+void host_warp_exchange(const host_cuda::Words& words, Read read) {
+  auto& cluster = host_cuda::cluster;
+  const int thread = cluster.current->number, warp = thread / 32;
+  cluster.exchange[thread] = words;
+  host_cuda::wait(cluster.warps[warp]);
+  read(cluster.exchange.data() + warp * 32);
+  host_cuda::wait(cluster.warps[warp]);
+}
+
 /// What the lane that `from` names, by its own lane number, shows to its warp.
 template <class T, class From>
 T host_shuffle(T value, From from) {
-  static_assert(sizeof(T) == sizeof(int), "lanes exchange 32 bits");
-  auto& cluster = host_cuda::cluster;
-  const int thread = cluster.current->number, warp = thread / 32;
-  std::memcpy(&cluster.exchange[thread], &value, sizeof(T));
-  host_cuda::wait(cluster.warps[warp]);
-  std::memcpy(&value, &cluster.exchange[warp * 32 + from(thread % 32)], sizeof(T));
-  host_cuda::wait(cluster.warps[warp]);
+  static_assert(sizeof(T) == sizeof(uint32_t), "lanes exchange 32 bits");
+  host_cuda::Words words{};
+  std::memcpy(words.data(), &value, sizeof(T));
+  host_warp_exchange(words, [&](const host_cuda::Words* shown) {
+    std::memcpy(&value, shown[from(static_cast<int>(threadIdx.x % 32))].data(), sizeof(T));
+  });
   return value;
 }
 
 inline int __shfl_up_sync(unsigned, int value, int distance) {
-  return host_shuffle(value, [distance](int lane) { return lane >= distance ? lane - distance : lane; });
+  return host_shuffle(value, [=](int lane) { return lane >= distance ? lane - distance : lane; });
 }
 
-/// Bit i is whether lane i's value is true.
-inline unsigned __ballot_sync(unsigned, bool value) {
-  auto& cluster = host_cuda::cluster;
-  const int thread = cluster.current->number, warp = thread / 32;
-  cluster.exchange[thread] = value;
-  host_cuda::wait(cluster.warps[warp]);
-  unsigned mask = 0;
-  for (int lane = 0; lane < 32; ++lane) mask |= static_cast<unsigned>(cluster.exchange[warp * 32 + lane]) << lane;
-  host_cuda::wait(cluster.warps[warp]);
-  return mask;
+inline float __fmul_rn(float x, float y) { return x * y; }
+
+inline unsigned __umulhi(unsigned x, unsigned y) {
+  return static_cast<unsigned>(static_cast<uint64_t>(x) * y >> 32);
+}
+
+/// Bit i: the predicate of lane i.
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  unsigned bits = 0;
+  host_warp_exchange({predicate != 0}, [&](const host_cuda::Words* shown) {
+    for (int lane = 0; lane < 32; ++lane) bits |= shown[lane][0] << lane;
+  });
+  return bits;
 }
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }

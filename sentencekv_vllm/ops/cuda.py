@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 CHUNK_TOKENS, GRANULE = 1024, 16  # as in the kernels, and in triton_kernels/workspace.py
 MAX_GROUP, MAX_CHANNELS = 8, 256  # of score_tokens and rank_sentences
+QUANTIZED_DIMS = (64, 128, 256)  # of queries that score_tokens rotates itself
+QUERY_TYPES = (torch.bfloat16, torch.float16, torch.float32)  # as in quantize_query.cuh
 RANK_ARGUMENTS = 23  # of rank_sentences
 
 
@@ -49,15 +51,16 @@ class ScoreTokensArgs(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in (
-            "bits", "scales", "levels", "steps", "pages", "num_pages", "sentence_ends",
-            "num_sentences", "first", "history_lo", "history_hi", "index_kind", "reduce",
-            "byte_rows", "best", "partial",
+            "bits", "scales", "query", "rotation", "levels", "steps", "pages", "num_pages",
+            "sentence_ends", "num_sentences", "first", "history_lo", "history_hi", "index_kind",
+            "reduce", "byte_rows", "best", "partial",
         )),
         *((name, c_int64) for name in ("pages_stride", "ends_stride", "first_stride")),
         ("scale", c_float),
         *((name, c_int32) for name in (
-            "num_requests", "num_heads", "group", "num_byte_rows", "block_size", "max_sentences",
-            "max_chunks", "num_chunks", "scales_are_bf16", "token_bits", "softmax_mean",
+            "num_requests", "num_heads", "group", "num_byte_rows", "block_size", "max_pages",
+            "max_sentences", "max_chunks", "scales_are_bf16", "query_type", "token_bits",
+            "softmax_mean", "granules_per_page", "page_factor",  # the last two by the launcher
         )),
     )  # fmt: skip
 
@@ -216,6 +219,8 @@ class Launcher:
         self,
         bits: Tensor,
         scales: Tensor,
+        query: Tensor | None,
+        rotation: Tensor | None,
         levels: Tensor,
         steps: Tensor,
         pages: Tensor,
@@ -232,10 +237,13 @@ class Launcher:
         partial: Tensor,
         scale: float,
     ) -> None:
-        """See `triton_kernels.score_tokens`, whose twin it is.
+        """See `triton_kernels.score_tokens`, whose twin it is, with `quantize_query` before it.
 
         Args:
             bits: [P, H, E / 8, N] uint8; scales: [P, H, N] bf16 or fp16.
+            query: [S, H * G, D] contiguous, D = E in `QUANTIZED_DIMS`, bf16, fp16 or float32; None:
+                it is quantised in `levels` and `steps`, which are not read otherwise.
+            rotation: [D, D] float32, that of `ops.rotation`; with a query only.
             levels: [>= S, H * G, E] int8, G at most 8; steps: [>= S, H * G] float32.
             pages, sentence_ends, first: [>= S, .]; rows may lie apart.
             best: [>= S, H, G, I], raised; partial: [>= S, H, chunks, 2, G] float32, written.
@@ -248,17 +256,24 @@ class Launcher:
         assert all(t.stride(-1) == 1 for t in rows)
         assert all(t.is_contiguous() for t in (*whole, bits, scales, levels, steps, best, partial))
         assert scales.dtype in (torch.bfloat16, torch.float16) and levels.dtype == torch.int8
+        query_type = 0
+        if query is not None:
+            assert rotation is not None and rotation.is_contiguous() and query.is_contiguous()
+            assert rotation.shape == (query.shape[-1], 8 * byte_rows_kept)
+            assert query.shape[-1] == 8 * byte_rows_kept and query.shape[-1] in QUANTIZED_DIMS
+            query_type = QUERY_TYPES.index(query.dtype)
         tensors = (
-            *(bits, scales, levels, steps, pages, num_pages, sentence_ends, num_sentences, first),
-            *(history_lo, history_hi, index_kind, reduce, byte_rows, best, partial),
+            *(bits, scales, query, rotation, levels, steps, pages, num_pages, sentence_ends),
+            *(num_sentences, first, history_lo, history_hi, index_kind, reduce, byte_rows),
+            *(best, partial),
         )
         args = ScoreTokensArgs(
-            *(t.data_ptr() for t in tensors),
+            *(None if t is None else t.data_ptr() for t in tensors),
             *(pages.stride(0), sentence_ends.stride(0), first.stride(0)),
             scale,
             *(requests, num_heads, best.shape[2], byte_rows_kept, block_size),
-            *(best.shape[3], partial.shape[2], -(-pages.shape[1] * block_size // CHUNK_TOKENS)),
-            scales.dtype == torch.bfloat16,
+            *(pages.shape[1], best.shape[3], partial.shape[2]),
+            *(scales.dtype == torch.bfloat16, query_type),
             *(IndexKind.TOKEN_BITS, Reduce.SOFTMAX_MEAN),
         )
         self._call("score_tokens", args, best)

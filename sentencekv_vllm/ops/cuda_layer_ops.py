@@ -14,7 +14,7 @@ from ..triton_kernels.score_tokens import score_tokens
 from ..triton_kernels.workspace import Workspace
 from ..types import Geometry, LayerPools, SparseBatch
 from . import custom_ops as custom_ops  # registers torch.ops.sentencekv
-from .cuda import MAX_CHANNELS, MAX_GROUP, library
+from .cuda import MAX_CHANNELS, MAX_GROUP, QUANTIZED_DIMS, library
 from .layer_ops import DecodeOutputs
 
 
@@ -44,19 +44,34 @@ class CudaOps(TritonOps):  # type: ignore[misc]  # mypy does not follow the mapp
         if geometry.group_size > MAX_GROUP:
             super().decode_layer(geometry, pools, batch, query, rotation, out)
             return
-        quantize_query(query, rotation, self._work.levels, self._work.steps)
-        self.score(geometry, pools, batch, query)
+        self.score(geometry, pools, batch, query, rotation)
         self.select_and_swap_in(geometry, pools, batch, out)
 
     def score(
-        self, geometry: Geometry, pools: LayerPools, batch: SparseBatch, query: Tensor
+        self,
+        geometry: Geometry,
+        pools: LayerPools,
+        batch: SparseBatch,
+        query: Tensor,
+        rotation: Tensor | None = None,
     ) -> None:
-        """Logits of all sentences, to `best` of the workspace."""
+        """Logits of all sentences, to `best` of the workspace.
+
+        Args:
+            rotation: of the query, which is quantised first; None: the workspace holds its levels.
+        """
         work = self._work
-        if pools.scales.dtype.itemsize == 2 and geometry.index_dim <= MAX_CHANNELS:
+        fits = pools.scales.dtype.itemsize == 2 and geometry.index_dim <= MAX_CHANNELS
+        rotates = fits and geometry.index_dim == geometry.head_dim in QUANTIZED_DIMS
+        if rotation is not None and not rotates:
+            quantize_query(query, rotation, work.levels, work.steps)
+            rotation = None
+        if fits:
             torch.ops.sentencekv.score_tokens(
                 pools.bits,
                 pools.scales,
+                None if rotation is None else query,
+                rotation,
                 work.levels,
                 work.steps,
                 batch.pages,

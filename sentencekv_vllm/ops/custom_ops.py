@@ -17,10 +17,11 @@ from .cuda import Launcher, library
 
 SCHEMAS = {
     "score_tokens": (
-        "(Tensor bits, Tensor scales, Tensor levels, Tensor steps, Tensor pages, "
-        "Tensor num_pages, Tensor sentence_ends, Tensor num_sentences, Tensor first, "
-        "Tensor history_lo, Tensor history_hi, Tensor index_kind, Tensor reduce, "
-        "Tensor byte_rows, Tensor(a!) best, Tensor(b!) partial, float scale) -> ()"
+        "(Tensor bits, Tensor scales, Tensor? query, Tensor? rotation, Tensor levels, "
+        "Tensor steps, Tensor pages, Tensor num_pages, Tensor sentence_ends, "
+        "Tensor num_sentences, Tensor first, Tensor history_lo, Tensor history_hi, "
+        "Tensor index_kind, Tensor reduce, Tensor byte_rows, Tensor(a!) best, "
+        "Tensor(b!) partial, float scale) -> ()"
     ),
     "rank_sentences": (
         "(Tensor(a!) best, Tensor partial, Tensor row_pages, Tensor(b!) kept, Tensor num_pages, "

@@ -11,11 +11,16 @@ from torch import Tensor
 SEED = 20250400970
 
 
+def is_hadamard(head_dim: int) -> bool:
+    """Whether `rotation` is a Hadamard matrix with signed rows: its first column has the signs."""
+    return head_dim & (head_dim - 1) == 0
+
+
 @cache
 def rotation(head_dim: int, index_dim: int | None = None) -> Tensor:
     """First E columns of a fixed orthogonal matrix, [D, E] float32, on the CPU.
 
-    The same in every process. Powers of two: Hadamard matrix with random column signs,
+    The same in every process. Powers of two: Hadamard matrix with random row signs,
     normalised. Other sizes: the Q factor of a Gaussian matrix. Rotated vectors are
     `x @ rotation(D)`, and inner products do not change, so queries are rotated and nothing
     else is. With E < D channels they are projected on a random subspace.
@@ -23,7 +28,7 @@ def rotation(head_dim: int, index_dim: int | None = None) -> Tensor:
     if index_dim is not None and index_dim != head_dim:
         return rotation(head_dim)[:, :index_dim].contiguous()
     generator = torch.Generator().manual_seed(SEED + head_dim)
-    if head_dim & (head_dim - 1) == 0:
+    if is_hadamard(head_dim):
         hadamard = torch.ones(1, 1)
         while len(hadamard) < head_dim:
             hadamard = torch.cat(

@@ -55,7 +55,12 @@ def tools(cuda_kernels, monkeypatch):
 def test_the_checks_pass_and_notice_a_missing_copy(tools, monkeypatch) -> None:
     checks, _, _ = tools
     assert checks.failures(context=640) == []
-    monkeypatch.setattr(CudaOps, "swap_in", lambda *_: None)
+
+    def copy_nothing(self, geometry, pools, batch, out):
+        self.rank(geometry, pools, batch)
+        self.resolve_residency(pools, batch, out)
+
+    monkeypatch.setattr(CudaOps, "select_and_swap_in", copy_nothing)
     assert "CUDA: a selected slot does not hold its page's bytes" in checks.failures(context=640)
 
 

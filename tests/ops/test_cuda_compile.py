@@ -29,7 +29,7 @@ MAX_REGISTERS = {  # a thread, of 65536 a multiprocessor
     "resolve_residency": 64,
     "gather_misses": 64,
     "copy_pages": 64,
-    "score_tokens": 128,  # 16 warps; 64 for groups of 4 and 128 channels
+    "score_tokens": 208,  # of 256 channels; 80 for groups of 4 and 128 channels, so 24 warps
     "rank_sentences": 128,  # its 512 threads; there are fewer blocks than multiprocessors
     "decode_selection": 128,
 }

@@ -13,6 +13,7 @@ from sentencekv_vllm.ops.cuda_layer_ops import CudaOps
 from sentencekv_vllm.ops.quantize_query import quantize_query
 from sentencekv_vllm.ops.score_sentences import score_sentences
 from sentencekv_vllm.ops.select_blocks import select_blocks
+from sentencekv_vllm.triton_kernels.locate_sentences import locate_sentences
 from sentencekv_vllm.triton_kernels.ordered import LOWEST
 from sentencekv_vllm.types import IndexKind, Reduce
 
@@ -119,6 +120,36 @@ def test_every_index_in_one_batch(build, cuda_kernels, workspace, reduce):
     check(build(*rows, head_dim=32), cuda_kernels, workspace)
 
 
+def test_a_block_of_threads_takes_several_chunks(build, cuda_kernels, workspace):
+    """On the host there are three multiprocessors, and blocks for them all in one request."""
+    rows = [build.row(tokens=tokens, budget=9) for tokens in (9000, 1030, 4096)]
+    check(build(*rows, block_size=48, head_dim=128), cuda_kernels, workspace)
+
+
+@pytest.mark.parametrize(("head_dim", "group"), [(128, 4), (64, 1), (256, 7), (128, 8), (64, 5)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_queries_are_rotated_and_rounded_as_by_triton(
+    build, cuda_kernels, workspace, head_dim, group, dtype
+):
+    """Bit for bit, so that all implementations select the same blocks."""
+    from sentencekv_vllm.triton_kernels.quantize_query import quantize_query as by_triton
+
+    rows = (build.row(tokens=331), build.row(byte_rows=3, tokens=200), build.row(tokens=0))
+    case = build(*rows, head_dim=head_dim, group=group)
+    case.query[1, 0] = 0  # has step 0
+    case = replace(case, query=case.query.to(dtype)).to(cuda_kernels)
+    scored = []
+    for rotation in (None, case.rotation):
+        work = workspace(case, cuda_kernels)
+        locate_sentences(case.batch, work.first)
+        if rotation is None:
+            by_triton(case.query, case.rotation, work.levels, work.steps)
+        CudaOps(work).score(case.geometry, case.pools, case.batch, case.query, rotation)
+        scored.append((work.best, work.partial[:2, :, :1]))
+    assert all(torch.equal(a, b) for a, b in zip(*scored, strict=True))
+    assert bool((scored[0][0] > LOWEST).any())
+
+
 def test_long_and_short_sentences(build, cuda_kernels, workspace):
     case = build(
         build.row(ends=(20, 21, 400, 401, 577), budget=5),
@@ -128,6 +159,12 @@ def test_long_and_short_sentences(build, cuda_kernels, workspace):
         build.row(tokens=577, ends=(40, 90), budget=3),  # what follows is not indexed
     )
     check(case, cuda_kernels, workspace)
+
+
+@pytest.mark.parametrize(("group", "tokens"), [(4, 4400), (5, 2200)])
+def test_more_sentences_than_the_threads_keep(build, cuda_kernels, workspace, group, tokens):
+    row = build.row(tokens=tokens, ends=tuple(range(1, tokens + 1)), budget=5, retention=2.0)
+    check(build(row, group=group, heads=1), cuda_kernels, workspace)
 
 
 @pytest.mark.parametrize("byte_rows", [1, 5, 8])
@@ -143,9 +180,10 @@ def codes_of(scores):
 
 
 @pytest.mark.parametrize("levels", [0, 1, 3, 10_000])
-@pytest.mark.parametrize("tokens", [577, 16 * 2070])
+@pytest.mark.parametrize("tokens", [577, 16 * 2070, 16 * 2700])
 def test_ties(build, cuda_kernels, workspace, levels, tokens):
-    """Scores of few distinct values; the longer case has several blocks a thread."""
+    """Scores of few distinct values; the longer cases have several blocks a thread, and one has
+    more sentences than its threads keep."""
     rows = [
         build.row(tokens=tokens, budget=budget, kind=IndexKind.CENTROID, reduce=Reduce.MAX)
         for budget in (1, 6, 16)

@@ -4,10 +4,15 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 namespace sentencekv {
 
 constexpr int kWarp = 32;
 constexpr size_t kMaxSharedBytes = 48 * 1024;  // a block gets no more without opting in
+
+/// With __umulhi, x / divisor of an x below 2^32 / divisor; of a divisor above 1.
+inline uint32_t reciprocal(int divisor) { return 0xffffffffu / static_cast<uint32_t>(divisor) + 1; }
 
 /// Multiprocessors of the current device.
 inline cudaError_t multiprocessors(int* count) {
@@ -23,7 +28,7 @@ template <class Args>
 cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_bytes,
                    [[maybe_unused]] cudaStream_t stream, const Args& args, int cluster = 1) {
   if (shared_bytes > kMaxSharedBytes) return cudaErrorInvalidValue;
-  if (grid.x == 0 || grid.y == 0) return cudaSuccess;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
 #ifdef __CUDACC__
   cudaLaunchConfig_t config{};
   config.gridDim = grid;

@@ -59,6 +59,8 @@ struct alignas(16) RankShared {
   uint32_t keys[1];
 };
 
+static_assert(kRankBlocks <= kWarp * kRankThreads, "write_selected");
+
 inline bool rank_fits(const RankSentencesArgs& a) {
   return a.group <= kRankGroup && a.max_blocks <= kRankBlocks;
 }

@@ -66,17 +66,24 @@ __device__ inline Threshold find_threshold(const uint32_t* keys, int count, int 
 
 /// Write the positions of the selected keys, ascending, plus `offset`; of ties the first.
 ///
-/// Returns the position of the last tie that is taken, if one is.
+/// At most 32 keys a thread. Returns the position of the last tie that is taken, if one is.
 __device__ inline int write_selected(const uint32_t* keys, int count, const Threshold& threshold,
                                      int offset, int32_t* selected, SelectShared& shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int chunk = (count + kRankThreads - 1) / kRankThreads * kWarp;
-  const int begin = warp * chunk, end = min(begin + chunk, count);
+  const int rounds = (count + kRankThreads - 1) / kRankThreads;  // a warp's keys, 32 at a time
+  const int begin = warp * rounds * kWarp;
+  unsigned above_mask = 0, tie_mask = 0;  // lane i keeps those of round i
   int above = 0, ties = 0;
-  for (int first = begin; first < end; first += kWarp) {
-    const uint32_t key = first + lane < end ? keys[first + lane] : 0;
-    above += __popc(__ballot_sync(kAllLanes, first + lane < end && key > threshold.key));
-    ties += __popc(__ballot_sync(kAllLanes, first + lane < end && key == threshold.key));
+#pragma unroll 1
+  for (int round = 0; round < rounds; ++round) {
+    const int j = begin + round * kWarp + lane;
+    const uint32_t key = j < count ? keys[j] : 0;
+    const unsigned all_above = __ballot_sync(kAllLanes, j < count && key > threshold.key);
+    const unsigned all_ties = __ballot_sync(kAllLanes, j < count && key == threshold.key);
+    above_mask = lane == round ? all_above : above_mask;
+    tie_mask = lane == round ? all_ties : tie_mask;
+    above += __popc(all_above);
+    ties += __popc(all_ties);
   }
   __syncthreads();  // the sums may still be being read
   if (lane == 0) {
@@ -84,21 +91,19 @@ __device__ inline int write_selected(const uint32_t* keys, int count, const Thre
     shared.sums[1][warp] = ties;
   }
   __syncthreads();
-  above = ties = 0;
-  for (int w = 0; w < warp; ++w) {
-    above += shared.sums[0][w];
-    ties += shared.sums[1][w];
-  }
+  above = warp_sum(lane < warp ? shared.sums[0][lane] : 0);
+  ties = warp_sum(lane < warp ? shared.sums[1][lane] : 0);
   const unsigned lower = (1u << lane) - 1;
-  for (int first = begin; first < end; first += kWarp) {
-    const int j = first + lane;
-    const uint32_t key = j < end ? keys[j] : 0;
-    const bool is_above = j < end && key > threshold.key;
-    const bool is_tie = j < end && key == threshold.key;
-    const unsigned all_above = __ballot_sync(kAllLanes, is_above);
-    const unsigned all_ties = __ballot_sync(kAllLanes, is_tie);
+  unsigned todo = __ballot_sync(kAllLanes, (above_mask | tie_mask) != 0);  // few rounds have any
+  while (todo != 0) {
+    const int round = __ffs(static_cast<int>(todo)) - 1;
+    todo &= todo - 1;
+    const unsigned all_above = __shfl_sync(kAllLanes, above_mask, round);
+    const unsigned all_ties = __shfl_sync(kAllLanes, tie_mask, round);
+    const bool is_tie = all_ties >> lane & 1;
     const int ties_before = ties + __popc(all_ties & lower);
-    if (is_above || (is_tie && ties_before < threshold.ties)) {
+    if ((all_above >> lane & 1) || (is_tie && ties_before < threshold.ties)) {
+      const int j = begin + round * kWarp + lane;
       selected[above + __popc(all_above & lower) + min(ties_before, threshold.ties)] = offset + j;
       if (is_tie && ties_before + 1 == threshold.ties) shared.bin = j;
     }

@@ -26,6 +26,19 @@ __device__ inline uint32_t bits_of(float value) {
   return word.bits;
 }
 
+__device__ inline float half_to_float(uint16_t half) {
+#ifdef __CUDACC__
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  return value;
+#else
+  const uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+  if (magnitude >= 0x7c00u) return float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // Exponents of halves are 112 less; a product also restores subnormal ones.
+  return float_of(sign | bits_of(float_of(magnitude << 13) * float_of(0x77800000u)));
+#endif
+}
+
 /// Floats as integers of the same order; triton_kernels/ordered.py.
 constexpr int32_t kLowest = INT32_MIN;  // below the code of every float, -inf included
 
@@ -69,6 +82,22 @@ __device__ inline float sum_over(float value, int lanes) {
     if (lanes & bit) value += __shfl_xor_sync(kAllLanes, value, bit);
   }
   return value;
+}
+
+/// A load that is issued here: the assembler moves others behind a branch that does not need them.
+__device__ inline int32_t load_early(const int32_t* pointer) {
+#ifdef __CUDACC__
+  int32_t value;
+  asm volatile("ld.volatile.global.b32 %0, [%1];" : "=r"(value) : "l"(pointer));
+  return value;
+#else
+  return *pointer;
+#endif
+}
+
+/// Bits [begin, end) of a word, none where the range is empty; 0 <= begin, end <= 16.
+__device__ inline uint32_t bits_between(int begin, int end) {
+  return begin < end ? (1u << end) - (1u << begin) : 0;
 }
 
 __device__ inline int warp_sum(int value) {
@@ -118,15 +147,17 @@ __device__ inline void add_common_bits(int (&counts)[4], uint32_t row, uint32_t 
       : "r"(row), "r"(lower_row), "r"(column));
 #else
   const int lane = threadIdx.x % kWarp, q = lane % 4;
-  for (int k = 0; k < 4; ++k) {
-    const uint32_t upper = __shfl_sync(kAllLanes, row, lane - q + k);
-    const uint32_t lower = __shfl_sync(kAllLanes, lower_row, lane - q + k);
-    for (int j = 0; j < 2; ++j) {
-      const uint32_t ones = __shfl_sync(kAllLanes, column, 4 * (2 * q + j) + k);
-      counts[j] += __builtin_popcount(upper & ones);
-      counts[2 + j] += __builtin_popcount(lower & ones);
+  using Words = host_cuda::Words;
+  host_warp_exchange({row, lower_row, column}, [&](const Words* shown) {
+    for (int k = 0; k < 4; ++k) {
+      const Words& rows = shown[lane - q + k];
+      for (int j = 0; j < 2; ++j) {
+        const uint32_t ones = shown[4 * (2 * q + j) + k][2];
+        counts[j] += __builtin_popcount(rows[0] & ones);
+        counts[2 + j] += __builtin_popcount(rows[1] & ones);
+      }
     }
-  }
+  });
 #endif
 }
 
