@@ -100,7 +100,7 @@ def _reduce_scores(
             i = begin + tl.arange(0, TILE)
             start, end = sentence_span(ends, i, i < count)
             known = overlaps(start, end, lo, hi)[None, :] & (g < G)
-            code = tl.load(best + g * max_sentences + i[None, :], mask=known, other=0)
+            code = tl.load(best + i[None, :] * G + g, mask=known, other=0)
             logits = tl.where(known, from_ordered(code), float("-inf"))
             raised = tl.maximum(top, tl.max(logits, 1)[:, None])
             shift = tl.where(raised > float("-inf"), raised, 0.0)
@@ -116,9 +116,9 @@ def _reduce_scores(
             score = random_score(tl.load(seeds + s), tl.load(step), h, i)
         else:
             known = touches[None, :] & (g < G)
-            code = tl.load(best + g * max_sentences + i[None, :], mask=known, other=0)
+            code = tl.load(best + i[None, :] * G + g, mask=known, other=0)
             tl.debug_barrier()  # another thread may empty what this one reads
-            tl.store(best + g * max_sentences + i[None, :], EMPTY, mask=known)
+            tl.store(best + i[None, :] * G + g, EMPTY, mask=known)
             logits = from_ordered(code)
             if mode == SOFTMAX_MEAN:
                 logits = tl.where(known, logits - z, float("-inf"))
@@ -172,7 +172,7 @@ def score_sentences(
         work.mass,
         batch.row_pages.stride(0),
         batch.sentence_ends.stride(0),
-        work.best.shape[3],
+        work.best.shape[2],
         work.partial.shape[2],
         H=heads,
         G=group,

@@ -80,7 +80,7 @@ def _score_summaries(
         dots += tl.where(kind == MEAN_STD, FACTOR * tl.sqrt(tl.maximum(extra, 0.0)), extra)
     dots = tl.where(dots == dots, dots, BARRED_PRODUCT)
     tl.store(
-        best + (head * G + g)[None, :] * max_sentences + i[:, None],
+        best + (head * max_sentences + i)[:, None] * G + g[None, :],
         to_ordered(scale * dots),
         mask=touches[:, None] & (g < G)[None, :],
     )
@@ -110,7 +110,7 @@ def score_summaries(
         geometry.scale,
         batch.row_pages.stride(0),
         batch.sentence_ends.stride(0),
-        work.best.shape[3],
+        work.best.shape[2],
         H=heads,
         G=group,
         G_PAD=max(8, triton.next_power_of_2(group)),

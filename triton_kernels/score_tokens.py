@@ -125,7 +125,7 @@ def _score_tokens(
             member = (token3 >= start[:, None]) & (token3 < end[:, None])
             largest = tl.max(tl.where(member[:, :, None], logits3, float("-inf")), 1)
             tl.atomic_max(
-                best + g[None, :] * max_sentences + sentence[:, None],
+                best + sentence[:, None] * G + g[None, :],
                 to_ordered(largest),
                 mask=(largest > float("-inf")) & (g < G)[None, :],
                 sem="relaxed",
@@ -177,7 +177,7 @@ def score_tokens(
         batch.pages.stride(0),
         batch.sentence_ends.stride(0),
         work.first.stride(0),
-        work.best.shape[3],
+        work.best.shape[2],
         work.partial.shape[2],
         H=heads,
         G=group,

@@ -27,7 +27,7 @@ class Workspace:
     first: Tensor  # [S, C + 1] int32: sentence that holds token c * GRANULE
     levels: Tensor  # [S, H * G, E] int8
     steps: Tensor  # [S, H * G] float32
-    best: Tensor  # [S, H, G, I] int32: largest logit so far, ordered code
+    best: Tensor  # [S, H, I, G] int32: largest logit so far, ordered code
     partial: Tensor  # [S, H, chunks, 2, G] float32: maximum and sum of the resident logits
     scores: Tensor  # [S, H, I] float32
     mass: Tensor  # [S, H, I + 1] float32
@@ -79,7 +79,7 @@ class Workspace:
             first=empty(s, tokens // GRANULE + 1, dtype=i32),
             levels=empty(s, h * g, geometry.index_dim, dtype=torch.int8),
             steps=empty(s, h * g, dtype=f32),
-            best=empty(s, h, g, max_sentences, dtype=i32).fill_(LOWEST),
+            best=empty(s, h, max_sentences, g, dtype=i32).fill_(LOWEST),
             partial=empty(s, h, -(-tokens // CHUNK_TOKENS), 2, g, dtype=f32),
             scores=empty(s, h, max_sentences, dtype=f32),
             mass=empty(s, h, max_sentences + 1, dtype=f32),

@@ -246,7 +246,7 @@ class Launcher:
             rotation: [D, D] float32, that of `ops.rotation`; with a query only.
             levels: [>= S, H * G, E] int8, G at most 8; steps: [>= S, H * G] float32.
             pages, sentence_ends, first: [>= S, .]; rows may lie apart.
-            best: [>= S, H, G, I], raised; partial: [>= S, H, chunks, 2, G] float32, written.
+            best: [>= S, H, I, G], raised; partial: [>= S, H, chunks, 2, G] float32, written.
             scale: of the logits.
         """
         requests, (_, num_heads, byte_rows_kept, block_size) = len(num_pages), bits.shape
@@ -271,8 +271,8 @@ class Launcher:
             *(None if t is None else t.data_ptr() for t in tensors),
             *(pages.stride(0), sentence_ends.stride(0), first.stride(0)),
             scale,
-            *(requests, num_heads, best.shape[2], byte_rows_kept, block_size),
-            *(pages.shape[1], best.shape[3], partial.shape[2]),
+            *(requests, num_heads, best.shape[3], byte_rows_kept, block_size),
+            *(pages.shape[1], best.shape[2], partial.shape[2]),
             *(scales.dtype == torch.bfloat16, query_type),
             *(IndexKind.TOKEN_BITS, Reduce.SOFTMAX_MEAN),
         )
@@ -333,14 +333,14 @@ class Launcher:
         """Check and pack.
 
         Args:
-            best: [>= S, H, G, I], G at most 8, emptied; partial: as `score_tokens` leaves it.
+            best: [>= S, H, I, G], G at most 8, emptied; partial: as `score_tokens` leaves it.
             row_pages, sentence_ends, first: [>= S, .]; rows may lie apart.
             kept: [P * M, H] uint8, written; retention: [S] float32; step: [1].
             scores: [>= S, H, I] float32; mass: [>= S, H, I + 1] float32; written.
             blocks: [>= S, H, K]; coverage: [>= S, H] float32; written.
             max_blocks: of the longest request, at most 8192.
         """
-        requests, (_, num_heads, group, max_sentences) = len(num_pages), best.shape
+        requests, (_, num_heads, max_sentences, group) = len(num_pages), best.shape
         rows = (row_pages, sentence_ends, first)
         whole = (
             *(num_pages, num_sentences, history_lo, history_hi, budget_blocks),

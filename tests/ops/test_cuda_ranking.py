@@ -35,13 +35,13 @@ def selected(case, device, workspace, codes=None):
     """The case on the device after it was scored and ranked, and its workspace.
 
     Args:
-        codes: [S, H, G, I] int32 logits in place of those of the kernels.
+        codes: [S, H, I, G] int32 logits in place of those of the kernels.
     """
     work, on_device = prepare(case, device, workspace), case.to(device)
     batch = on_device.batch
     if codes is not None:
-        requests, _, _, sentences = codes.shape
-        work.best[:requests, :, :, :sentences] = codes.to(device)
+        requests, _, sentences, _ = codes.shape
+        work.best[:requests, :, :sentences] = codes.to(device)
         batch = replace(batch, token_bits_only=True)
     ops = CudaOps(work)
     ops.score(on_device.geometry, on_device.pools, batch, on_device.query)
@@ -191,7 +191,7 @@ def test_ties(build, cuda_kernels, workspace, levels, tokens):
     case = build(*rows, group=1, heads=2, head_dim=16)
     generator = torch.Generator().manual_seed(levels)
     requests, sentences = case.batch.sentence_ends.shape
-    scores = torch.randint(-levels, levels + 1, (requests, 2, 1, sentences), generator=generator)
+    scores = torch.randint(-levels, levels + 1, (requests, 2, sentences, 1), generator=generator)
     codes = codes_of(scores.float() / 8)
     n = case.geometry.block_size
     for s in range(requests):
@@ -200,7 +200,7 @@ def test_ties(build, cuda_kernels, workspace, levels, tokens):
         lo, hi = case.batch.history_lo[s] * n, case.batch.history_hi[s] * n
         inside = (starts < hi) & (ends > lo)
         inside &= torch.arange(sentences) < case.batch.num_sentences[s]
-        codes[s, :, :, ~inside] = LOWEST
+        codes[s, :, ~inside] = LOWEST
     check_selection(case, *selected(case, cuda_kernels, workspace, codes))
 
 

@@ -20,7 +20,7 @@ constexpr int kRankCluster = 8;
 
 /// S requests, H KV heads, G query heads a KV head, I sentences, N tokens and M rows a page.
 struct RankSentencesArgs {
-  int32_t* best;                 // [S, H, G, I] ordered logits; emptied
+  int32_t* best;                 // [S, H, I, G] ordered logits; emptied
   const float* partial;          // [S, H, chunks, 2, G]
   const int32_t* row_pages;      // [S, .]
   uint8_t* kept;                 // [P * M, H] selected at the last step; written
@@ -50,7 +50,6 @@ struct RankSentencesArgs {
 /// What a block of threads shares, and from `keys` on a key for each block of the longest request.
 struct alignas(16) RankShared {
   float merged[kRankWarps][2][kRankGroup];   // of each warp: top and sum of each query head
-  float share[2][kRankGroup];  // of the block of threads
   float log_totals[kRankGroup];
   float resident[kRankGroup];   // share of attention
   float covered[kRankCluster];  // of each block of the cluster, in the first
@@ -109,7 +108,7 @@ struct HeadSentences {
         count(a.num_sentences[s]), n(a.block_size), lo(a.history_lo[s]), hi(a.history_hi[s]),
         head(static_cast<int64_t>(s) * a.num_heads + h), ends(a.sentence_ends + s * a.ends_stride),
         row_pages(a.row_pages + s * a.row_pages_stride),
-        best(a.best + head * group * a.max_sentences),
+        best(a.best + head * a.max_sentences * group),
         shares(kind != a.random && mode == a.softmax_mean) {
     const int share = (count + cluster.size - 1) / cluster.size;
     begin = min(cluster.rank * share, count);
@@ -121,9 +120,7 @@ struct HeadSentences {
     return {max(i > 0 ? before : 0, lo * n), min(ends[i], hi * n)};
   }
 
-  __device__ int32_t* code(int g, int i) const {
-    return best + static_cast<int64_t>(g < group ? g : 0) * a.max_sentences + i;
-  }
+  __device__ int32_t* code(int g, int i) const { return best + i * group + (g < group ? g : 0); }
 
   __device__ uint8_t* flag(int i) const {
     const int64_t page = row_pages[i / a.rows_per_page];
@@ -150,6 +147,7 @@ __device__ inline void sum_shares(const HeadSentences<kGroup>& own, RankShared& 
     for (int g = 0; g < kGroup; ++g) {
       total[g].add(span.inside() ? from_ordered(codes[g]) : minus_infinity());
     }
+    prefetch(own.flag(i));  // for `score_sentences`
   }
   LogSum resident = LogSum::none();
   if (warp < group) {
@@ -165,30 +163,19 @@ __device__ inline void sum_shares(const HeadSentences<kGroup>& own, RankShared& 
   }
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
-    const float top = max_over(total[g].top, kWarp - 1);
-    const float scaled = top == minus_infinity() ? 0.0f : total[g].total * expf(total[g].top - top);
-    const float sum = sum_over(scaled, kWarp - 1);
+    total[g].merge_over(kWarp - 1);
     if (lane == 0) {
-      shared.merged[warp][0][g] = top;
-      shared.merged[warp][1][g] = sum;
-    }
-  }
-  __syncthreads();
-  if (warp < group) {
-    LogSum all = LogSum::none();
-    if (lane < kRankWarps) all = {shared.merged[lane][0][warp], shared.merged[lane][1][warp]};
-    all.merge_over(kWarp - 1);
-    if (lane == 0) {
-      shared.share[0][warp] = all.top;
-      shared.share[1][warp] = all.total;
+      shared.merged[warp][0][g] = total[g].top;
+      shared.merged[warp][1][g] = total[g].total;
     }
   }
   own.cluster.sync();
   if (warp < group) {
     LogSum all = LogSum::none();
-    if (lane < own.cluster.size) {
-      const float(*theirs)[kRankGroup] = own.cluster.at(shared.share, lane);
-      all = {theirs[0][warp], theirs[1][warp]};
+#pragma unroll 4
+    for (int w = lane; w < kRankWarps * own.cluster.size; w += kWarp) {
+      const float(*theirs)[2][kRankGroup] = own.cluster.at(shared.merged, w / kRankWarps);
+      all.merge({theirs[w % kRankWarps][0][warp], theirs[w % kRankWarps][1][warp]});
     }
     all.merge_over(kWarp - 1);
     all.merge(resident);

@@ -22,7 +22,6 @@ namespace sentencekv {
 
 constexpr int kWarpTokens = 128;     // a granule for each four lanes
 constexpr int kScoreThreads = 256;
-constexpr int kScoreBlocks = 6;      // a multiprocessor, from which on a block has several chunks
 constexpr int kScoreWarps = kScoreThreads / kWarp;
 constexpr int kChunkTokens = kWarpTokens * kScoreWarps;  // `partial` has an entry for each chunk
 constexpr int kSetHeads = 4;         // query heads whose planes fill the columns of kSetTiles
@@ -51,7 +50,7 @@ struct ScoreTokensArgs {
   const int32_t* index_kind;     // [S]
   const int32_t* reduce;         // [S]
   const int32_t* byte_rows;      // [S] rows of eight channels that are read
-  int32_t* best;                 // [S, H, G, I] ordered floats, raised
+  int32_t* best;                 // [S, H, I, G] ordered floats, raised
   float* partial;                // [S, H, chunks, 2, G] written: top and sum of resident tokens
   int64_t pages_stride, ends_stride, first_stride;
   float scale;
@@ -337,11 +336,15 @@ struct HeadSet {
   }
 };
 
+/// Blocks of threads that a multiprocessor holds at once.
+template <int kSets, int kPer, int kSteps>
+constexpr int kScoreBlocks = kSteps == 2 ? 1 : kSets == 1 && kPer == 4 ? 3 : 2;
+
 /// Grid (blocks, H, S); a block takes chunks as far apart as there are blocks. kSets: query heads
 /// in fours; kPer: 32 channels each of a query, which is rotated here; 0: levels are read, of at
 /// most kSteps * 128 channels.
 template <int kSets, int kPer, int kSteps>
-static __global__ void __launch_bounds__(kScoreThreads, kSteps == 2 ? 1 : kSets == 1 && kPer == 4 ? 3 : 2)
+static __global__ void __launch_bounds__(kScoreThreads, kScoreBlocks<kSets, kPer, kSteps>)
     score_tokens_kernel(const ScoreTokensArgs a) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   ScoreShared& shared = *reinterpret_cast<ScoreShared*>(shared_memory);
@@ -395,11 +398,11 @@ static __global__ void __launch_bounds__(kScoreThreads, kSteps == 2 ? 1 : kSets 
         float values[kGranule];
         sets[set].logits(granule, a.scales_are_bf16, values);
         if (g < group && members) {
-          int32_t* best = a.best + (head * group + g) * a.max_sentences;
-          int from = 0, sentence_end = granule.end0, next_end = granule.end1;
+          // The four lanes of a granule raise neighbours, which is one access to the L2 cache.
+          uint32_t left = members;
+          int sentence_end = granule.end0, next_end = granule.end1;
           for (int i = granule.first; i < count; ++i) {
-            const int stop = min(sentence_end - granule.token, kGranule);
-            const uint32_t own = members & bits_between(from, stop);
+            const uint32_t own = left & bits_between(0, min(sentence_end - granule.token, kGranule));
             if (own) {
               float largest = minus_infinity();
 #pragma unroll
@@ -407,10 +410,10 @@ static __global__ void __launch_bounds__(kScoreThreads, kSteps == 2 ? 1 : kSets 
                 largest = own >> k & 1 ? fmaxf(largest, values[k]) : largest;
               }
               // A product with the unit, which is not negative, rounds alike in either order.
-              atomicMax(best + i, to_ordered(unit * largest));
+              atomicMax(a.best + ((head * a.max_sentences + i) * group + g), to_ordered(unit * largest));
             }
-            if (stop == kGranule) break;
-            from = stop;
+            left ^= own;
+            if (left == 0) break;
             sentence_end = next_end;
             next_end = ends[min(i + 2, count - 1)];
           }

@@ -12,12 +12,14 @@ constexpr int kRankWarps = kRankThreads / kWarp;
 constexpr int kBinBits = 10;
 constexpr int kBins = 1 << kBinBits;  // two a thread
 static_assert(kBins == 2 * kRankThreads);
+constexpr int kFewKeys = 128;
 
 struct SelectShared {
   int32_t sums[2][kRankWarps];
   int32_t bins[kBins];
   uint32_t largest, inverse_least;  // of the keys, but for 0; inverse, so that 0 is none
-  int32_t bin, above;
+  int32_t bin, above, few;
+  uint32_t key;
 };
 
 /// Where a selection ends: all keys above the threshold and `ties` of those at it.
@@ -26,9 +28,38 @@ struct Threshold {
   int ties;
 };
 
+/// The `need`-th largest of the at most kFewKeys keys from `base` to `base + last`: each is compared
+/// with all others.
+__device__ inline Threshold threshold_of_few(const uint32_t* keys, int count, uint32_t base,
+                                             uint32_t last, int need, SelectShared& shared) {
+  const int thread = threadIdx.x;
+  uint32_t* few = reinterpret_cast<uint32_t*>(shared.bins);
+  for (int j = thread; j < count; j += kRankThreads) {
+    const uint32_t key = keys[j];
+    if (key != 0 && key - base <= last) few[atomicAdd(&shared.few, 1)] = key;
+  }
+  __syncthreads();
+  const int num_few = shared.few;
+  if (thread < num_few) {
+    const uint32_t mine = few[thread];
+    int above = 0, ties = 0;
+#pragma unroll 4
+    for (int i = 0; i < num_few; ++i) {
+      above += few[i] > mine;
+      ties += few[i] == mine;
+    }
+    if (above < need && need <= above + ties) {
+      shared.key = mine;
+      shared.above = above;
+    }
+  }
+  __syncthreads();
+  return {shared.key, need - shared.above};
+}
+
 /// The `budget`-th largest of `count` keys, of which 0 is the least and may be many.
 ///
-/// Histograms of ever finer bins over the range that holds it. The first is over what there is
+/// Histograms of ever finer bins over the range that holds it, until few are left. The first is over what there is
 /// between bounds of the keys that the caller has left in `shared`: scores of a request are close
 /// to each other.
 __device__ inline Threshold find_threshold(const uint32_t* keys, int count, int budget,
@@ -41,6 +72,7 @@ __device__ inline Threshold find_threshold(const uint32_t* keys, int count, int 
   for (;;) {
     const int shift = max(0, 32 - __clz(static_cast<int>(last)) - kBinBits);
     shared.bins[thread] = shared.bins[thread + kRankThreads] = 0;
+    if (thread == 0) shared.few = 0;
     __syncthreads();
     for (int j = thread; j < count; j += kRankThreads) {
       const uint32_t offset = keys[j] - base;  // large for keys below the range
@@ -61,6 +93,9 @@ __device__ inline Threshold find_threshold(const uint32_t* keys, int count, int 
     base += static_cast<uint32_t>(shared.bin) << shift;
     if (shift == 0) return {base, need};
     last = (1u << shift) - 1;
+    const int there = shared.bins[shared.bin];
+    __syncthreads();  // the bins are free
+    if (there <= kFewKeys) return threshold_of_few(keys, count, base, last, need, shared);
   }
 }
 

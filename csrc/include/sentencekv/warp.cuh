@@ -39,6 +39,13 @@ __device__ inline float half_to_float(uint16_t half) {
 #endif
 }
 
+/// Bring the line of an address to the L2 cache.
+__device__ inline void prefetch([[maybe_unused]] const void* address) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
 /// Floats as integers of the same order; triton_kernels/ordered.py.
 constexpr int32_t kLowest = INT32_MIN;  // below the code of every float, -inf included
 
@@ -126,11 +133,9 @@ struct LogSum {
 
   /// Lanes that differ in the bits of `lanes` end with the sum over all of them.
   __device__ void merge_over(int lanes) {
-    for (int bit = 1; bit < kWarp; bit *= 2) {
-      if (lanes & bit) {
-        merge({__shfl_xor_sync(kAllLanes, top, bit), __shfl_xor_sync(kAllLanes, total, bit)});
-      }
-    }
+    const float raised = max_over(top, lanes);
+    total = sum_over(raised == minus_infinity() ? 0.0f : total * expf(top - raised), lanes);
+    top = raised;
   }
 };
 
