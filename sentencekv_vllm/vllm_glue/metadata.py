@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
@@ -96,9 +98,9 @@ class SplitBuilder:
         runtime = current_runtime()
         assert runtime is not None, "metadata of a split step outlived its worker"
         n = common.num_reqs
-        starts = common.query_start_loc_cpu[: n + 1].long()
-        last_tokens = starts[1:] - 1
-        num_requests = int((starts[1:] > starts[:-1]).sum())  # the others pad a graph's size
+        starts = common.query_start_loc_cpu.numpy()[: n + 1].astype(np.int64)
+        last_tokens = torch.from_numpy(starts[1:] - 1)
+        num_requests = np.count_nonzero(starts[1:] > starts[:-1])  # the others pad a graph's size
         observed = runtime.observed(common.slot_mapping, last_tokens)
         plans = runtime.plan(common.block_table_tensor, common.slot_mapping, last_tokens)
         if not plans:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
@@ -97,7 +96,7 @@ class DevicePlanner:
         return StepPlan(
             step=facts.step,
             layers=facts.layers,
-            batch=replace(buffers.batch, token_bits_only=token_bits_only),
+            batch=buffers.batches[token_bits_only],
             rows=inputs["rows"][:count],
             tokens=inputs["tokens"],
             slots=inputs["slots"],
@@ -117,7 +116,7 @@ class DevicePlanner:
         )
 
     def _start(self, buffers: StepBuffers) -> None:
-        batch = buffers.batch
+        batch = buffers.batches[False]
         self._on_device.gather(
             buffers.inputs["slots"],
             batch.pages,

@@ -43,10 +43,15 @@ class DeviceTables:
         )
         self._sent = np.zeros((len(widths), num_slots), np.int64)
         self._owner = np.full(num_slots, -1, np.int64)
+        self._changes = np.full(num_slots, -1, np.int64)  # that the device knows of
 
     def update(self, slots: Int32s) -> None:
         """Send what the given requests have and the device does not."""
         tables = self._tables
+        slots = slots[self._changes[slots] != tables.changes[slots]]
+        if not len(slots):
+            return
+        self._changes[slots] = tables.changes[slots]
         gone = slots[self._owner[slots] != tables.owners[slots]]
         self._sent[:, gone] = 0
         self._owner[gone] = tables.owners[gone]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..types import Geometry, SparseBatch
 from .graphs import Graphs
 from .plan import head_tables
-from .transfer import Array, Packing, Totals
+from .transfer import Array, Packing, Staging, Totals
 
 INPUTS = {  # what the host tells in every step, [S] each, in one copy
     "rows": torch.int64,
@@ -92,13 +92,14 @@ class StepBuffers:
         def int32s(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
-        self._packing = Packing([((s,), dtype) for dtype in INPUTS.values()])
-        self._inputs = torch.zeros(self._packing.num_bytes, dtype=torch.uint8, device=device)
-        self.inputs = dict(zip(INPUTS, self._packing.views(self._inputs), strict=True))
+        packing = Packing([((s,), dtype) for dtype in INPUTS.values()])
+        self._staging = Staging(packing, device)
+        self._inputs = torch.zeros(packing.num_bytes, dtype=torch.uint8, device=device)
+        self.inputs = dict(zip(INPUTS, packing.views(self._inputs), strict=True))
         row_pages = -(-size.sentences // geometry.rows_per_page)
         shared = ("num_pages", "num_sentences", "history_lo", "history_hi", "budget_blocks")
         options = ("index_kind", "reduce", "retention", "seed", "byte_rows")
-        self.batch = SparseBatch(
+        batch = SparseBatch(
             pages=int32s(s, size.pages),
             row_pages=int32s(s, row_pages),
             sentence_ends=int32s(s, size.sentences),
@@ -107,6 +108,7 @@ class StepBuffers:
             token_bits_only=False,
             **{name: self.inputs[name] for name in (*shared, *options)},
         )
+        self.batches = {only: replace(batch, token_bits_only=only) for only in (False, True)}
         self._block_table = int32s(s, size.max_blocks)
         self.head_tables = int32s(s, heads, size.width)
         self.lengths = int32s(s)
@@ -120,23 +122,20 @@ class StepBuffers:
             block_table: [>= num_reqs, max_blocks] int32 of the whole batch.
             null_slot: slot of the rows behind S.
         """
-        pinned = self._inputs.is_cuda
-        staging = torch.zeros(self._packing.num_bytes, dtype=torch.uint8, pin_memory=pinned)
         count = len(columns["rows"])
-        for name, place in zip(INPUTS, self._packing.views(staging), strict=True):
-            place.numpy()[:count] = columns[name]
-            if name == "slots":
-                place.numpy()[count:] = null_slot
-        self._inputs.copy_(staging, non_blocking=True)
+        for name, place in zip(INPUTS, self._staging.next(), strict=True):
+            place[:count] = columns[name]
+            place[count:] = null_slot if name == "slots" else 0
+        self._staging.send(self._inputs)
         torch.index_select(block_table, 0, self.inputs["rows"], out=self._block_table)
 
     def write_tables(self) -> None:
         """Head tables and lengths of the step, its choices still open."""
-        geometry = self._geometry
+        geometry, batch = self._geometry, self.batches[False]
         tables, lengths = head_tables(
             self._block_table,
-            self.batch.private_blocks,
-            self.batch.history_lo,
+            batch.private_blocks,
+            batch.history_lo,
             self.inputs["recent_lo"],
             self.inputs["attended_blocks"],
             self.inputs["seq_lens"],

@@ -98,6 +98,7 @@ class Tables:
         self.row_pages = GrowingTable(num_slots)
         self.ends = GrowingTable(num_slots)
         self.owners = np.zeros(num_slots, np.int64)  # counts the requests that had the slot
+        self.changes = np.zeros(num_slots, np.int64)  # counts what `apply` and `drop` have done
         self.num_indexed = np.zeros(num_slots, np.int32)  # sentences with an index entry
         self.private = np.zeros((num_slots, max(1, working_set_blocks)), np.int32)
         self.retention = np.zeros(num_slots, np.float32)
@@ -111,12 +112,14 @@ class Tables:
             table.counts[slot] = 0
         self.num_indexed[slot] = 0
         self.owners[slot] += 1
+        self.changes[slot] += 1
         self._batch = None
 
     def apply(self, update: RequestUpdate) -> NewSentences | None:
         """Take the facts in; the blocks named must be copied out before the next batch."""
         slot, n = update.slot, self.block_size
         self._batch = None
+        self.changes[slot] += 1
         if update.options is not None:
             self.retention[slot] = update.options.retention
             by_layer = update.options.layer_blocks

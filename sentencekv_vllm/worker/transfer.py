@@ -7,13 +7,24 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 ALIGNMENT = 16  # bytes; Triton and vectorised loads want it
 
+STAGING_TURNS = 4  # more than the steps in flight
+
 Array = npt.NDArray[Any]
+
+NUMPY = {
+    torch.uint8: np.dtype(np.uint8),
+    torch.bool: np.dtype(np.bool_),
+    torch.int32: np.dtype(np.int32),
+    torch.int64: np.dtype(np.int64),
+    torch.float32: np.dtype(np.float32),
+}
 
 
 class Packing:
@@ -35,6 +46,47 @@ class Packing:
             buffer[start:end].view(dtype).view(shape)
             for (start, end), (shape, dtype) in zip(self._ranges, self._shapes, strict=True)
         ]
+
+    def arrays(self, buffer: Tensor) -> list[Array]:
+        """`views` of a buffer in host memory, for less of the host's time."""
+        memory = buffer.numpy()
+        return [
+            memory[start:end].view(NUMPY[dtype]).reshape(shape)
+            for (start, end), (shape, dtype) in zip(self._ranges, self._shapes, strict=True)
+        ]
+
+
+class Staging:
+    """Host memory of a packing that is copied to the device in every step.
+
+    It has several buffers, pinned where the device is a GPU, since the copy of a step may wait
+    behind the work of the steps before it.
+    """
+
+    def __init__(self, packing: Packing, device: torch.device) -> None:
+        self._on_gpu, self._turn = device.type == "cuda", 0
+        buffers = [
+            torch.zeros(packing.num_bytes, dtype=torch.uint8, pin_memory=self._on_gpu)
+            for _ in range(STAGING_TURNS)
+        ]
+        self._turns = [(buffer, packing.arrays(buffer)) for buffer in buffers]
+        self._copied: list[torch.cuda.Event | None] = [None] * STAGING_TURNS
+
+    def next(self) -> list[Array]:
+        """The arrays to fill for a step; what they hold is that of an earlier one."""
+        self._turn = (self._turn + 1) % STAGING_TURNS
+        copied = self._copied[self._turn]
+        if copied is not None:
+            copied.synchronize()  # done long ago, unless the host runs far ahead
+        return self._turns[self._turn][1]
+
+    def send(self, target: Tensor) -> None:
+        """Queue the copy of what `next` gave."""
+        target.copy_(self._turns[self._turn][0], non_blocking=True)
+        if self._on_gpu:
+            event = self._copied[self._turn] or torch.cuda.Event()
+            event.record()
+            self._copied[self._turn] = event
 
 
 def upload(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
@@ -105,6 +157,6 @@ class Tallies:
         """hits, misses, stage_ns, coverage; waits for the copy where it is not done yet."""
         if self._copied is not None:
             self._copied.synchronize()
-        hits, misses, stage_ns, coverage = (t.numpy() for t in self._packing.views(self._buffer))
+        hits, misses, stage_ns, coverage = self._packing.arrays(self._buffer)
         n = self._num_rows
         return hits[:n], misses[:n], stage_ns, coverage[:n]

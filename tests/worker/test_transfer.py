@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from sentencekv_vllm.worker.transfer import (
     ALIGNMENT,
+    STAGING_TURNS,
     Packing,
+    Staging,
     Tallies,
     Totals,
     upload,
@@ -38,6 +40,29 @@ def test_nothing_is_packed_twice_into_one_place():
     for i, view in enumerate(packing.views(buffer)):
         view.fill_(i + 1)
     assert [view.tolist() for view in packing.views(buffer)] == [[1] * 3, [2] * 2, [True] * 5]
+
+
+def test_arrays_are_views_without_torch():
+    packing = Packing([((3,), torch.int32), ((2, 2), torch.float32), ((5,), torch.bool)])
+    buffer = torch.zeros(packing.num_bytes, dtype=torch.uint8)
+    for i, array in enumerate(packing.arrays(buffer)):
+        array[...] = i + 1
+    for view, array in zip(packing.views(buffer), packing.arrays(buffer), strict=True):
+        assert view.numpy().dtype == array.dtype and view.tolist() == array.tolist()
+
+
+def test_filling_a_step_leaves_those_alone_that_may_still_be_copied():
+    """What a queued copy reads: memory, some steps later."""
+    packing = Packing([((2,), torch.int64)])
+    staging, queued = Staging(packing, CPU), []
+    for step in range(3 * STAGING_TURNS):
+        (array,) = staging.next()
+        array[:] = step
+        target = torch.zeros(packing.num_bytes, dtype=torch.uint8)
+        staging.send(target)
+        assert packing.views(target)[0].tolist() == [step, step]
+        queued.append((step, array))
+        assert all((a == s).all() for s, a in queued[-(STAGING_TURNS - 1) :])
 
 
 def test_on_the_cpu_tables_are_shared_and_not_copied():
