@@ -9,6 +9,11 @@ its queries and keys are kept. A *lookup* is a layer, KV head and answer token f
 `--share` of attention (mean over the group) lands on one token of the history. Reported is the
 share of lookups whose sentence is among the best K by an index that ranks with the current query
 and the softmax mean over the group. PCA rotations are those of other prompts.
+
+A second table has budgets that follow the data: the share of the attention to the history that K
+sentences a KV head hold at most, and as many sentences shared out among the heads of a layer, or
+among all heads, by the attention that they hold. It is what such a budget can gain with a perfect
+index.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from transformers.models.llama import modeling_llama
 from sentencekv_vllm.evaluation.recall_tasks import make_prompt
 from sentencekv_vllm.ops.quantize_query import quantize_query
 from sentencekv_vllm.ops.rotation import rotation
+from sentencekv_vllm.ops.score_sentences import STD_FACTOR
 from sentencekv_vllm.presets import PACKAGE
 
 TASKS = ("niah_single", "niah_multikey", "niah_multiquery", "variable_tracking")
@@ -93,6 +99,30 @@ def by_centroid(head: Head) -> Tensor:
     return head.mean(head.query @ means.T * scale, head.query @ head.keys[~inside].T * scale)
 
 
+def by_quantised_moments(head: Head, bits: int | None) -> Tensor:
+    """`mean-std` (ops/score_sentences.py), with `bits` a channel for mean and deviation each."""
+    count = int(head.sentence.max()) + 1
+    inside = head.sentence >= 0
+    index, keys = head.sentence[inside], head.keys[inside]
+    number = torch.bincount(index, minlength=count).clamp(min=1)[:, None]
+    zeros = torch.zeros(count, keys.shape[1])
+    mean = zeros.index_add(0, index, keys) / number
+    square = zeros.index_add(0, index, keys.square()) / number
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    mean, std = (rounded(x, bits) for x in (mean, std))
+    scale = head.query.shape[1] ** -0.5
+    spread = (head.query.square() @ std.square().T).sqrt()
+    logits = (head.query @ mean.T + STD_FACTOR * spread) * scale
+    return head.mean(logits, head.query @ head.keys[~inside].T * scale)
+
+
+def rounded(rows: Tensor, bits: int | None) -> Tensor:
+    if bits is None:
+        return rows
+    step = rows.abs().amax(1, keepdim=True).clamp(min=1e-9) / (2 ** (bits - 1) - 1)
+    return (rows / step).round() * step
+
+
 def in_two_stages(head: Head, share: float) -> Tensor:
     """1-bit keys of the best `share` of the sentences by their mean keys; the others rank last."""
     coarse = by_centroid(head)
@@ -134,6 +164,30 @@ def lookups(
             if float(weights.max()) > share:
                 where = int(sentence[int(weights.argmax())])
                 yield Head((layer, h), grouped[h, :, t], seen, sentence[: t + 1]), where
+
+
+def held(states: list[tuple[Tensor, Tensor]], sentence: Tensor, token: int) -> Tensor:
+    """[layers, KV heads, sentences]: attention of a token, mean over the group, by sentence."""
+    inside = sentence[: token + 1] >= 0
+    index = sentence[: token + 1][inside]
+    rows = []
+    for queries, keys in states:
+        seen = keys[:, : token + 1]
+        grouped = queries[:, token].unflatten(0, (len(keys), -1))
+        weights = (grouped @ seen.mT * seen.shape[2] ** -0.5).softmax(2).mean(1)[:, inside]
+        rows.append(torch.zeros(len(keys), int(index.max()) + 1).index_add(1, index, weights))
+    return torch.stack(rows)
+
+
+def captured(attention: Tensor, k: int) -> list[float]:
+    """Share of the history's attention: K a head, as many over a layer's heads, over all heads."""
+    layers, heads, _ = attention.shape
+    best = (
+        attention.topk(k, dim=2).values.sum(),
+        attention.flatten(1).topk(k * heads, dim=1).values.sum(),
+        attention.flatten().topk(k * heads * layers).values.sum(),
+    )
+    return [float(x / attention.sum()) for x in best]
 
 
 def parse() -> argparse.Namespace:
@@ -186,15 +240,22 @@ def main() -> None:
         principal = partial(by_principal_bits, channels=channels, axes=axes)
         indexes[f"1-bit, {channels} principal channels"] = principal
     indexes["mean keys"] = by_centroid
+    indexes["mean and deviation"] = partial(by_quantised_moments, bits=None)
+    indexes["mean and deviation, 4 bits each"] = partial(by_quantised_moments, bits=4)
     for share in (0.1, 0.3, 0.5):
         indexes[f"1-bit of the best {share:.0%} by mean keys"] = partial(in_two_stages, share=share)
 
     found: dict[str, list[int]] = {name: [0] * len(BEST) for name in indexes}
+    shares: dict[int, list[list[float]]] = {k: [] for k in BEST}
     total = sentences = 0
     for task in TASKS:
         for seed in range(100, 100 + options.items):
             ids, sentence, answer = prepared(task, seed, "test")
             states = kept_states(model, ids)
+            for token in answer:
+                attention = held(states, sentence, token)
+                for k, rows in shares.items():
+                    rows.append(captured(attention, k))
             for head, where in lookups(states, sentence, answer, options.share):
                 total, sentences = total + 1, sentences + int(sentence.max()) + 1
                 for name, index in indexes.items():
@@ -206,6 +267,10 @@ def main() -> None:
     print("|---" * (1 + len(BEST)) + "|")
     for name, counts in found.items():
         print(f"| {name} | " + " | ".join(f"{n / total:.3f}" for n in counts) + " |")
+    print("\n| sentences a head | K each | shared in a layer | shared by all |\n|---|---|---|---|")
+    for k, rows in shares.items():
+        means = torch.tensor(rows).mean(0).tolist()
+        print(f"| {k} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
 
 
 if __name__ == "__main__":

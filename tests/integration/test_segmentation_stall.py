@@ -50,6 +50,7 @@ def worst_step(segmenter):
     return max(spent[1:]), len(spent), finished
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("segmenter", ["punctuation", "auto"])
 def test_segmentation_takes_no_visible_time_of_a_step(segmenter):

@@ -11,9 +11,10 @@ import pytest
 
 from sentencekv_vllm.segmentation import SegmentationService
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("spacy") is None, reason="spaCy is not installed"
-)
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(importlib.util.find_spec("spacy") is None, reason="spaCy is not installed"),
+]
 
 STEP_S = 1.5e-3
 STALL_S = 5e-3

@@ -157,13 +157,21 @@ def test_ids_beyond_the_vocabulary_are_no_error(coded):
     assert segmenter.split(token_ids)[-1] == len(token_ids)
 
 
-def test_128k_tokens_take_less_than_five_milliseconds(byte_coded):
+def least_thread_time(work, runs):
+    times = []
+    for _ in range(runs):
+        start = time.thread_time()
+        work()
+        times.append(time.thread_time() - start)
+    return min(times)
+
+
+def test_128k_tokens_cost_little_beside_making_a_list_of_them_an_array(byte_coded):
+    """What each prompt pays anyway is the yardstick: seconds say more of the machine."""
     segmenter = PunctuationSegmenter(SentenceLengths(4, 64), byte_coded.vocabulary)
     text = "Dr. Smith met Prof. Jones on St. Paul St. at 3.5 p.m. He said (quietly.) The end.\n"
     token_ids = np.resize(byte_coded.encode(text), 131_072)
-    times = []
-    for _ in range(9):
-        start = time.thread_time()
-        segmenter.split(token_ids)
-        times.append(time.thread_time() - start)
-    assert min(times) < 5e-3
+    listed = token_ids.tolist()
+    array = least_thread_time(lambda: np.array(listed, np.int32), 9)
+    split = least_thread_time(lambda: segmenter.split(token_ids), 9)
+    assert split < 3 * array, (split, array)
