@@ -10,11 +10,12 @@ import numpy as np
 
 from ..ops.layer_ops import DecodeOutputs, LayerOps
 from ..ops.load import Sizes
-from ..types import Geometry, IndexKind, QueryKind
+from ..types import Geometry
 from .device_tables import DeviceTables
 from .graphs import Graph, Graphs
 from .plan import StepPlan, table_width
 from .planner import STAGES, StepFacts, ranks_ahead
+from .slot_facts import LatestSlotFacts
 from .step_buffers import StepBuffers, StepSize
 from .tables import Tables
 from .transfer import Tallies
@@ -40,6 +41,7 @@ class DevicePlanner:
             new_graph: see `Graphs`.
         """
         self._geometry, self._tables, self._ops = geometry, tables, ops
+        self._slot_facts = LatestSlotFacts(tables)
         self._new_graph, self._device = new_graph, sizes.device
         self._on_device = DeviceTables(tables, sizes.max_pages, sizes.max_sentences, sizes.device)
         self._limits = StepSize(sizes.max_requests, sizes.max_pages, sizes.max_sentences, 0, 0)
@@ -48,17 +50,13 @@ class DevicePlanner:
         self._buffers = defaultdict(OrderedDict)
 
     def plan(self, facts: StepFacts) -> StepPlan:
-        rows, slots, tables = facts.rows, facts.rows.slots, self._tables
-        attended = facts.attended
-        options = {name: column[slots] for name, column in tables.options.items()}
-        unranked = options["unranked"].astype(bool)
-        query_kind = options["query_kind"]
+        rows, slots, attended = facts.rows, facts.rows.slots, facts.attended
+        known = self._slot_facts(slots)
+        unranked = known.unranked
         columns = {
+            **known.columns,
             "rows": facts.found,
             "tokens": facts.tokens,
-            "slots": slots,
-            "num_pages": tables.pages.counts[slots],
-            "num_sentences": tables.num_indexed[slots],
             "history_lo": rows.history_lo,
             # What is compacted, or not attended to at all, is no history to the ops.
             "history_hi": np.where(unranked, rows.history_lo, rows.history_hi),
@@ -66,22 +64,14 @@ class DevicePlanner:
             "recent_lo": rows.history_hi,
             "attended_blocks": attended,
             "seq_lens": rows.seq_lens,
-            "index_kind": options["index_kind"],
-            "reduce": options["reduce"],
-            "seed": options["seed"],
-            "byte_rows": options["byte_rows"],
-            "retention": tables.retention[slots],
-            "running": query_kind == QueryKind.RUNNING_MEAN,
-            "previous": query_kind == QueryKind.PREVIOUS,
             "restarts": rows.restarts,
-            "estimates": options["estimates"],
         }
         buffers = self._buffers_of(
             facts.layers.start,
             StepSize.of(
                 len(slots),
-                int(columns["num_pages"].max()),
-                int(columns["num_sentences"].max()),
+                known.max_pages,
+                known.max_sentences,
                 table_width(rows, attended, self._geometry.block_size),
                 facts.block_table.shape[1],
                 self._limits,
@@ -92,11 +82,10 @@ class DevicePlanner:
         self._ops.set_step(facts.step)
         buffers.graphs.run("step", lambda: self._start(buffers))
         inputs, totals, count = buffers.inputs, buffers.totals, len(slots)
-        token_bits_only = bool((options["index_kind"] == IndexKind.TOKEN_BITS).all())
         return StepPlan(
             step=facts.step,
             layers=facts.layers,
-            batch=buffers.batches[token_bits_only],
+            batch=buffers.batches[known.token_bits_only],
             rows=inputs["rows"][:count],
             tokens=inputs["tokens"],
             slots=inputs["slots"],
@@ -107,11 +96,11 @@ class DevicePlanner:
             ),
             tallies=Tallies(totals, count, shared=True),
             unranked=unranked,
-            running=inputs["running"] if columns["running"].any() else None,
-            previous=inputs["previous"] if columns["previous"].any() else None,
+            running=inputs["running"] if known.any_running else None,
+            previous=inputs["previous"] if known.any_previous else None,
             restarts=inputs["restarts"],
             ahead=ranks_ahead(columns["previous"], rows, unranked),
-            estimates=inputs["estimates"] if columns["estimates"].any() else None,
+            estimates=inputs["estimates"] if known.any_estimates else None,
             graphs=buffers.graphs,
         )
 
