@@ -2,6 +2,7 @@
 """Every policy by the name that the user types."""
 
 from .base import Grouping, SelectionPolicy
+from .chunk_kv import CHUNK_KV
 from .cluster_kv import CLUSTER_KV
 from .full import FULL
 from .mean_std import MEAN_STD
@@ -23,6 +24,7 @@ POLICIES: dict[str, SelectionPolicy] = {
     "sentencekv-pool": SENTENCE_KV_POOL,
     "snapkv": SNAP_KV,
     "pyramidkv": PYRAMID_KV,
+    "chunkkv": CHUNK_KV,
     "windowkv": WINDOW_KV,
     "clusterkv": CLUSTER_KV,
     "retroinfer": RETRO_INFER,

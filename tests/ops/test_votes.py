@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sentencekv_vllm.ops.token_layout import TokenLayout, read_tokens, write_tokens
 from sentencekv_vllm.ops.votes import count_votes, elect_tokens, retained_means
+from sentencekv_vllm.policies import POLICIES
 from sentencekv_vllm.types import Fate, Settlement
 
 W, G, D, T = 4, 2, 16, 50
@@ -54,6 +56,20 @@ def test_windows_are_elected_whole_and_the_last_one_is_cut():
     scores = torch.tensor([0.1, 0.1, 0.1, 0.9, 0.0, 0.2, 0.0, 0.0, 0.3])
     chosen = elect_tokens(scores, 4, 2).tolist()
     assert chosen == sorted(chosen) and chosen == [0, 2, 3, 8], "windows 1, 4 (cut), then 0"
+
+
+def test_chunkkv_keeps_the_chunks_with_the_largest_sums():
+    """Algorithm 1 of arXiv 2502.00299: no pooling, sums over chunks, whole chunks."""
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(W, G, D, generator=generator)
+    keys = torch.randn(T + W, D, generator=generator)
+    settlement = replace(POLICIES["chunkkv"].settlement, window=W, unit=5)
+    attention = by_hand(query, keys, D**-0.5, 1, False)
+    sums = [sum(attention[i : i + 5]) for i in range(0, T, 5)]
+    best = sorted(sorted(range(len(sums)), key=lambda i: -sums[i])[:3])
+    votes = count_votes(query, keys, D**-0.5, settlement)
+    kept = elect_tokens(votes, 15, settlement.unit).tolist()
+    assert kept == [t for i in best for t in range(5 * i, 5 * i + 5)]
 
 
 def test_a_sentence_is_the_mean_of_its_retained_keys():

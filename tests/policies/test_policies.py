@@ -25,6 +25,7 @@ MODULES = {
     "retroinfer": "retro_infer",
     "snapkv": "snap_kv",
     "pyramidkv": "pyramid_kv",
+    "chunkkv": "chunk_kv",
     "windowkv": "window_kv",
 }
 
