@@ -103,8 +103,8 @@ class SentenceKVConfig:
 
     observation_window: int | None = _option(None, low=0)
     """Last prompt tokens whose queries are kept until they have voted; 32 lets requests ask for
-    `snapkv`, `pyramidkv`, `chunkkv`, `windowkv` and `sentencekv-pool`; None: what the server's
-    own policy needs."""
+    `sentencekv-once`, `sentencekv-pool`, `snapkv`, `pyramidkv`, `chunkkv` and `windowkv`; None:
+    what the server's own policy needs."""
 
     layer_weights: tuple[float, ...] | None = None
     """Parts of the budget that equal shares of the model's depth have, from the first layers to

@@ -35,23 +35,23 @@ def count_votes(query: Tensor, keys: Tensor, scale: float, settlement: Settlemen
     return avg_pool1d(attention[None], settlement.kernel, 1, padding)[0]
 
 
-def elect_tokens(scores: Tensor, count: int, unit: int) -> Tensor:
-    """The tokens with the most votes, whole units of neighbours at a time.
+def elect_tokens(scores: Tensor, count: int, group: Tensor | None = None) -> Tensor:
+    """The tokens with the most votes, whole groups of neighbours at a time.
 
     Args:
         scores: [T] of tokens 0 to T - 1.
-        count: tokens to keep, at most T. Where units are larger than a token the last ones are cut.
-        unit: tokens; unit i holds tokens [i * unit, (i + 1) * unit).
+        count: tokens to keep, at most T. Of the group that goes beyond it the last ones are cut.
+        group: [T] int64, ascending from 0: of each token; a group's score is the sum over its
+            tokens (ChunkKV, arXiv 2502.00299, Algorithm 1). None: each token is one.
 
     Returns:
         [count] int64, ascending.
     """
-    if unit == 1:
+    if group is None:
         return scores.topk(count, sorted=False).indices.sort().values
-    padded = torch.nn.functional.pad(scores, (0, -len(scores) % unit))
-    ranked = padded.unflatten(0, (-1, unit)).sum(1).argsort(descending=True, stable=True)
-    tokens = (ranked[:, None] * unit + torch.arange(unit, device=scores.device)).flatten()
-    return tokens[tokens < len(scores)][:count].sort().values
+    sums = torch.zeros(int(group[-1]) + 1, device=scores.device).index_add_(0, group, scores)
+    rank = sums.argsort(descending=True, stable=True).argsort()
+    return rank[group].argsort(stable=True)[:count].sort().values
 
 
 def retained_means(keys: Tensor, ends: Tensor, retained: Tensor) -> Tensor:

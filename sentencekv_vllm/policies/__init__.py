@@ -11,6 +11,7 @@ from .quest import QUEST
 from .random import RANDOM
 from .retro_infer import RETRO_INFER
 from .sentence_kv import SENTENCE_KV
+from .sentence_kv_once import SENTENCE_KV_ONCE
 from .sentence_kv_paper import SENTENCE_KV_PAPER
 from .sentence_kv_pool import SENTENCE_KV_POOL
 from .snap_kv import SNAP_KV
@@ -22,6 +23,7 @@ POLICIES: dict[str, SelectionPolicy] = {
     "sentencekv": SENTENCE_KV,
     "sentencekv-paper": SENTENCE_KV_PAPER,
     "sentencekv-pool": SENTENCE_KV_POOL,
+    "sentencekv-once": SENTENCE_KV_ONCE,
     "snapkv": SNAP_KV,
     "pyramidkv": PYRAMID_KV,
     "chunkkv": CHUNK_KV,

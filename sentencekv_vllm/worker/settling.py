@@ -31,6 +31,7 @@ class Case:
     pages: Tensor  # [p] int32, of its first blocks
     rows: Tensor  # [s] int64, of its indexed sentences
     ends: Tensor  # [s] int64, of these sentences
+    all_ends: Tensor  # [>= s] int64, of all sentences of the prompt
     estimates: bool  # what is left out is estimated
     elected: Tensor | None = None  # [H, K] int64 tokens, by the layer group's first layer
 
@@ -38,6 +39,17 @@ class Case:
         """A layer elects for its group; one with another budget than the layer before does, too."""
         first = layer % self.prompt.settlement.layer_group == 0
         return first or self.prompt.budget(layer) != self.prompt.budget(layer - 1)
+
+    def groups(self, lo: int, hi: int) -> Tensor | None:
+        """[hi - lo] int64: which tokens are elected together; None: each alone."""
+        unit = self.prompt.settlement.unit
+        if unit == 1:
+            return None
+        token = torch.arange(lo, hi, device=self.blocks.device)
+        if unit is not None:
+            return (token - lo) // unit
+        sentence = torch.searchsorted(self.all_ends, token, right=True)
+        return sentence - sentence[0]
 
 
 class Settling:
@@ -76,6 +88,7 @@ class Settling:
                 on_device(tables.pages.of(update.slot).tolist(), torch.int32),
                 on_device(rows.tolist()),
                 on_device(ends.tolist()),
+                on_device(tables.ends.of(update.slot).tolist()),
                 bool(tables.options["estimates"][update.slot]),
             )
         )
@@ -112,12 +125,13 @@ class Settling:
         if settlement.fate is Fate.COMPACT:  # the blocks behind the history stay as they are
             hi = prompt.history_hi * n
         count = min(int(settlement.factor * prompt.budget(layer) * n), hi - lo)
+        group = case.groups(lo, hi)
         elected = []
         for h in range(g.num_kv_heads):  # one at a time: the logits are window * group * tokens
-            group = query[:, h * g.group_size : (h + 1) * g.group_size]
+            queries = query[:, h * g.group_size : (h + 1) * g.group_size]
             keys = self._keys(case, h, 0, prompt.num_tokens, pools)
-            scores = count_votes(group, keys, g.scale, settlement)[lo:hi]
-            elected.append(elect_tokens(scores, count, settlement.unit) + lo)
+            scores = count_votes(queries, keys, g.scale, settlement)[lo:hi]
+            elected.append(elect_tokens(scores, count, group) + lo)
         return torch.stack(elected)
 
     def _retain(self, case: Case, elected: Tensor, pools: LayerPools) -> None:

@@ -107,7 +107,7 @@ def characters_right(policies: list[str]) -> tuple[dict[str, int], bool]:
 
 @pytest.mark.slow
 def test_votes_find_more_of_what_the_question_asks_for_than_the_recent_window_has():
-    chosen = ["snapkv", "chunkkv", "sentencekv-pool", "clusterkv"]
+    chosen = ["snapkv", "chunkkv", "sentencekv-once", "sentencekv-pool", "clusterkv"]
     right, clean = apart(characters_right, [*chosen, "windowkv", "streaming"])
     assert clean
     assert min(right[policy] for policy in chosen) > right["streaming"]

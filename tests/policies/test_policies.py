@@ -27,6 +27,7 @@ MODULES = {
     "pyramidkv": "pyramid_kv",
     "chunkkv": "chunk_kv",
     "windowkv": "window_kv",
+    "sentencekv-once": "sentence_kv_once",
 }
 
 

@@ -238,7 +238,7 @@ def test_a_compacted_history_holds_each_layers_own_number_of_elected_tokens(pers
                 group = slice(h * GROUP, (h + 1) * GROUP)
                 keys, values = tokens_of(before[layer], blocks_of(0), h)
                 votes = count_votes(window[layer][:, group], keys[:LENGTH], GEOMETRY.scale, VOTES)
-                kept = elect_tokens(votes[LO * N : HI * N], budget * N, 1) + LO * N
+                kept = elect_tokens(votes[LO * N : HI * N], budget * N) + LO * N
                 seen = torch.cat((torch.arange(LO * N), kept, torch.arange(HI * N, LENGTH)))
                 wanted = (GEOMETRY.scale * query[group] @ keys[seen].T).softmax(-1) @ values[seen]
                 torch.testing.assert_close(outputs[layer][0, group], wanted, rtol=1e-4, atol=1e-5)

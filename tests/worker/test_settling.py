@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from small_runtime import BLOCKS, GEOMETRY, GROUP, HEADS, D, N, attend, make_runtime, options, rows
@@ -57,7 +59,7 @@ def expected_output(cache, blocks, window, query, length) -> torch.Tensor:
         keys, values = tokens_of(cache, blocks, h)
         group = slice(h * GROUP, (h + 1) * GROUP)
         votes = count_votes(window[:, group], keys[:PROMPT], GEOMETRY.scale, VOTES)
-        kept = elect_tokens(votes[LO * N : HI * N], BUDGET * N, 1) + LO * N
+        kept = elect_tokens(votes[LO * N : HI * N], BUDGET * N) + LO * N
         seen = torch.cat((torch.arange(LO * N), kept, torch.arange(HI * N, length)))
         logits = GEOMETRY.scale * query[group] @ keys[seen].T
         outputs.append(logits.softmax(-1) @ values[seen])
@@ -107,12 +109,43 @@ def test_layers_of_a_group_share_the_choice_of_the_first():
         keys, _ = tokens_of(before[0], blocks, h)
         group = slice(h * GROUP, (h + 1) * GROUP)
         scores = count_votes(window[0][:, group], keys[:PROMPT], GEOMETRY.scale, votes)
-        kept = elect_tokens(scores[LO * N : HI * N], BUDGET * N, 1) + LO * N
+        kept = elect_tokens(scores[LO * N : HI * N], BUDGET * N) + LO * N
         for layer, pools in enumerate(runtime.pools.layers):
             for moved, source in zip(
                 tokens_of(pools.cache, private, h), tokens_of(before[layer], blocks, h), strict=True
             ):
                 assert torch.equal(moved, source[kept])
+
+
+def test_sentences_are_kept_whole_and_the_last_one_is_cut():
+    votes = Settlement(Fate.COMPACT, window=6, kernel=1, unit=None)
+    runtime = make_runtime(working_set=5)
+    window = observe(runtime, 0, torch.Generator().manual_seed(7))
+    blocks, private = list(range(1, 11)), [30, 31, 32]
+    before = [pools.cache.clone() for pools in runtime.pools.layers]
+    ends = np.array([5, 11, 14, 25, 33, 36, 47, 60, PROMPT], np.int32)
+    update = replace(settled(0, blocks, private, votes), sentence_ends=ends)
+    sparse = rows([0], [blocks[-1]], hi=HI)
+    runtime.apply(StepMessage(runtime._step + 1, [], [update], sparse))
+    spans = [  # of the history
+        range(max(a, LO * N), min(b, HI * N))
+        for a, b in zip([0, *ends[:-1]], ends, strict=True)
+        if b > LO * N and a < HI * N
+    ]
+    for layer, pools in enumerate(runtime.pools.layers):
+        for h in range(HEADS):
+            keys, _ = tokens_of(before[layer], blocks, h)
+            group = slice(h * GROUP, (h + 1) * GROUP)
+            scores = count_votes(window[layer][:, group], keys[:PROMPT], GEOMETRY.scale, votes)
+            kept: list[int] = []
+            for span in sorted(
+                spans, key=lambda span: -float(scores[span.start : span.stop].sum())
+            ):
+                kept += list(span)[: BUDGET * N - len(kept)]
+            for moved, source in zip(
+                tokens_of(pools.cache, private, h), tokens_of(before[layer], blocks, h), strict=True
+            ):
+                assert torch.equal(moved, source[sorted(kept)])
 
 
 def test_a_sentence_that_retained_nothing_is_barred_and_the_others_are_means_of_what_they_kept():
@@ -132,7 +165,7 @@ def test_a_sentence_that_retained_nothing_is_barred_and_the_others_are_means_of_
             keys, _ = tokens_of(pools.cache, blocks, h)
             group = slice(h * GROUP, (h + 1) * GROUP)
             scores = count_votes(window[layer][:, group], keys[:PROMPT], GEOMETRY.scale, votes)
-            kept = set((elect_tokens(scores[LO * N :], count, 1) + LO * N).tolist())
+            kept = set((elect_tokens(scores[LO * N :], count) + LO * N).tolist())
             start, barred = 0, 0
             for row, end in zip(sentence_rows.tolist(), indexed_ends.tolist(), strict=True):
                 mine = [t for t in range(start, end) if t in kept]
