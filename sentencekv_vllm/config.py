@@ -68,6 +68,10 @@ class SentenceKVConfig:
     fewer bytes and make what is swapped in approximate."""
     min_context_tokens: int = _option(8192, low=1)
     """Shorter requests stay dense."""
+    min_context_tokens_with_room: int | None = _option(None, low=1)
+    """Requests shorter than this stay dense, too, until GPU blocks run short: dense steps may be
+    the faster ones up to there. None: they do not. Which tokens are then generated depends on
+    what else is served."""
 
     segmenter: str = _option("auto", choices=("auto", "spacy", "punctuation", "fixed"))
     min_sentence_tokens: int = _option(4, low=1)
@@ -155,6 +159,12 @@ class SentenceKVConfig:
             raise ConfigError(
                 f"fixed_sentence_tokens {fixed} lies outside min_sentence_tokens {low} and "
                 f"max_sentence_tokens {high}: set it to {min(max(fixed, low), high)}"
+            )
+        with_room = self.min_context_tokens_with_room
+        if with_room is not None and with_room < self.min_context_tokens:
+            raise ConfigError(
+                f"min_context_tokens_with_room {with_room} is below min_context_tokens "
+                f"{self.min_context_tokens}: raise it, or lower min_context_tokens"
             )
         ranking = ("index", "grouping", "query", "head_reduce", "retention", "score_channels")
         overrides = [name for name in (*ranking, "estimate") if getattr(self, name) is not None]

@@ -60,6 +60,7 @@ class Ledger:
         self._watched: set[str] = set()  # requests whose last prompt queries are kept
         self._dropped: list[int] = []
         self._frees = False
+        self._short = self._short_next = False  # of GPU blocks: since the last step, in this one
         self._copy_quota = limits.copy_blocks_per_step
         self._step = 0
 
@@ -98,6 +99,11 @@ class Ledger:
 
     def new_step(self) -> None:
         self._copy_quota = self.limits.copy_blocks_per_step
+        self._short, self._short_next = self._short_next, False
+
+    def note_need(self, num_blocks: int, num_free_blocks: int) -> None:
+        """A request, running or waiting, asks for GPU blocks."""
+        self._short_next |= num_blocks + self.limits.roomy_blocks > num_free_blocks
 
     def advance(
         self, request_id: str, processed: int, blocks: Sequence[Block], num_free_blocks: int
@@ -348,6 +354,9 @@ class Ledger:
         # A resumed request prefills its generated tokens, too: the end of the prompt is not
         # the end of the prefill.
         if processed < max(request.num_prompt_tokens, request.num_tokens - 1):
+            return None
+        if processed < self.limits.min_context_tokens_with_room and not self._short:
+            state.reason = Reason.ROOM
             return None
         lo, hi = self.limits.sink_blocks, self._history_end(state, processed)
         working_set = self._working_set(state, hi - lo)

@@ -20,4 +20,6 @@ class Limits:
     num_slots: int
     stay_dense_when_covered: bool
     wait_for_pages: bool
+    min_context_tokens_with_room: int = 0  # below it, dense while there is room
+    roomy_blocks: int = 0  # what must be free for that, beside what is asked for
     exact_pages: bool = True  # host pages are byte copies

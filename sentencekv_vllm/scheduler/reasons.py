@@ -18,4 +18,5 @@ class Reason(StrEnum):
     COPYING = "copying"  # the prefill or the copy of the history was not complete
     HOST_POOL_FULL = "host_pool_full"
     NO_GAIN = "no_gain"  # shared blocks: freeing them gives less than the working set takes
+    ROOM = "room"  # blocks are free, and below min_context_tokens_with_room dense steps are fine
     UNSUPPORTED_INPUT = "unsupported_input"  # prompt embeddings, streaming input

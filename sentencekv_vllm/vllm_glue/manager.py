@@ -102,7 +102,9 @@ class SentenceKVManager(FullAttentionManager):
             return needed
         if apply_admission_cap and self.ledger.must_wait(request_id):
             return int(self.block_pool.num_gpu_blocks) + 1  # more than there are: wait
-        return needed + self.ledger.missing_private_blocks(request_id)
+        needed += self.ledger.missing_private_blocks(request_id)
+        self.ledger.note_need(needed, self.block_pool.get_num_free_blocks())
+        return needed
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int

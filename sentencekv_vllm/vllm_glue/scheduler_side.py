@@ -27,6 +27,7 @@ from .resolve import load_vocabulary, resolve_for_engine
 logger = logging.getLogger(__name__)
 
 FIRST_GUESS_PREFILL_RATE = 10_000.0  # tokens a second, until one was seen
+ROOMY = 0.1  # of all GPU blocks; fewer free ones are no room
 
 
 class PacedSegmentation:
@@ -70,6 +71,8 @@ class SchedulerSide:
             num_slots=scheduler.max_num_seqs,
             stay_dense_when_covered=config.stay_dense_when_covered,
             wait_for_pages=config.on_pool_full == "wait",
+            min_context_tokens_with_room=config.min_context_tokens_with_room or 0,
+            roomy_blocks=int(ROOMY * kv_cache_config.num_blocks),
             exact_pages=resolved.host_format is None,
         )
         self._service = SegmentationService(

@@ -134,3 +134,37 @@ def test_sharers_keep_the_blocks_whose_release_gains_nothing():
     assert "no_gain" in modes and counts["no_gain"] == modes.count("no_gain")
     assert outputs[1]["cached"] > 1000, "the second shares the first one's blocks"
     assert clean
+
+
+def with_room():
+    """One request in a pool for two dense ones, then four at once."""
+    llm = make_llm({"min_context_tokens_with_room": 4000}, blocks=110)
+    engine, scheduler, modes, most = llm.llm_engine, scheduler_of(llm), [], []
+    items = make_items(llm, [1500] * 5)
+    params = greedy(60, stop=None, ignore_eos=True)
+    right = []
+    for batch in (items[:1], items[1:]):
+        running = []
+        asked = {str(len(modes) + i): item for i, item in enumerate(batch)}
+        for name, item in asked.items():
+            engine.add_request(name, item.prompt, params)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    modes.append(output.kv_transfer_params["sentencekv"]["mode"])
+                    text = output.outputs[0].text
+                    right.append(text.startswith(asked[output.request_id].target))
+            running.append(len(scheduler.running))
+        most.append(max(running))
+    return modes, most, right, counted(llm), is_clean(llm)
+
+
+@pytest.mark.slow
+def test_with_room_requests_are_dense_and_without_it_more_of_them_run():
+    modes, most, right, counts, clean = apart(with_room)
+    assert modes[0] == "room", "alone, it has room"
+    assert modes[1:4] == ["sparse"] * 3, "they made room for the fourth, which then had it"
+    assert most == [1, 4], "twice as many as fit densely"
+    assert all(right)
+    assert counts == Counter(modes)
+    assert clean

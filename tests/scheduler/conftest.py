@@ -117,6 +117,7 @@ class Simulation:
                 own[j] = Block(0)
         missing = ledger.missing_private_blocks(request_id)
         needed = -(-(processed + tokens) // BLOCK) - len(own)
+        ledger.note_need(missing + needed, len(self.free))
         if missing + needed > len(self.free):
             return None
         if not own:

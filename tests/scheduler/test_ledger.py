@@ -83,6 +83,38 @@ def test_short_and_covered_requests_stay_dense(simulate):
     assert eager.step("covered", 1).sparse is not None
 
 
+def test_with_room_requests_stay_dense_until_another_one_waits_for_blocks(simulate):
+    sim = simulate(min_context_tokens_with_room=1000)
+    sim.add("a", PROMPT)
+    sim.prefill("a")
+    assert all(sim.step("a", 1).sparse is None for _ in range(5))
+    assert sim.ledger.states["a"].mode is Reason.ROOM
+    waiting = 4 * len(sim.free) + 4  # one block more than are free
+    sim.add("b", waiting, options=None)
+    assert sim.step("b", waiting) is None, "refused"
+    assert sim.step("a", 1).sparse is not None
+    assert sim.step("b", waiting) is not None
+    assert sim.step("a", 1).sparse is not None, "for good"
+
+
+def test_with_room_requests_turn_sparse_before_the_last_blocks_are_gone(simulate):
+    sim = simulate(min_context_tokens_with_room=1000, roomy_blocks=8)
+    sim.add("a", PROMPT)
+    sim.prefill("a")
+    while len(sim.free) >= 8 + 1:
+        assert sim.step("a", 1).sparse is None
+    sparse = [sim.step("a", 1).sparse is not None for _ in range(10)]
+    assert sparse[-1] and sparse == sorted(sparse)
+    assert len(sim.free) >= 8 - 3
+
+
+def test_beyond_that_context_room_changes_nothing(simulate):
+    sim = simulate(min_context_tokens_with_room=PROMPT)
+    sim.add("a", PROMPT)
+    sim.prefill("a")
+    assert sim.step("a", 1).sparse is not None
+
+
 def test_a_short_prompt_turns_sparse_once_it_has_grown(simulate):
     sim = simulate()
     sim.add("a", 10)
