@@ -62,7 +62,7 @@ class Settlement:
     window: int = 32  # tokens whose queries vote; 0: nobody does
     kernel: int = 5  # tokens that a score is pooled over, odd
     max_pool: bool = False  # the largest of them, not their mean
-    unit: int | None = 1  # neighbouring tokens elected together; None: those of a group
+    unit: int | None = 1  # neighbouring tokens elected together; None: those of a sentence
     layer_group: int = 1  # consecutive layers that share the choice of the first
     factor: float = 1.0  # tokens elected, in budgets
     cluster_tokens: int = 80  # tokens a cluster, on average

@@ -40,14 +40,12 @@ class Case:
         first = layer % self.prompt.settlement.layer_group == 0
         return first or self.prompt.budget(layer) != self.prompt.budget(layer - 1)
 
-    def groups(self, lo: int, hi: int, block_size: int) -> Tensor | None:
+    def groups(self, lo: int, hi: int) -> Tensor | None:
         """[hi - lo] int64: which tokens are elected together; None: each alone."""
         unit = self.prompt.settlement.unit
         if unit == 1:
             return None
         token = torch.arange(lo, hi, device=self.blocks.device)
-        if unit is None and not len(self.all_ends):  # `grouping: blocks`
-            unit = block_size
         if unit is not None:
             return (token - lo) // unit
         sentence = torch.searchsorted(self.all_ends, token, right=True)
@@ -127,7 +125,7 @@ class Settling:
         if settlement.fate is Fate.COMPACT:  # the blocks behind the history stay as they are
             hi = prompt.history_hi * n
         count = min(int(settlement.factor * prompt.budget(layer) * n), hi - lo)
-        group = case.groups(lo, hi, n)
+        group = case.groups(lo, hi)
         elected = []
         for h in range(g.num_kv_heads):  # one at a time: the logits are window * group * tokens
             queries = query[:, h * g.group_size : (h + 1) * g.group_size]

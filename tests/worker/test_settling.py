@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
-import pytest
 import torch
 from small_runtime import BLOCKS, GEOMETRY, GROUP, HEADS, D, N, attend, make_runtime, options, rows
 
@@ -122,21 +121,19 @@ def test_layers_of_a_group_share_the_choice_of_the_first():
 SENTENCES = [5, 11, 14, 25, 33, 36, 47, 60, PROMPT]
 
 
-@pytest.mark.parametrize("ends", [SENTENCES, []], ids=["sentences", "blocks, by `grouping`"])
-def test_groups_are_kept_whole_and_the_last_one_is_cut(ends):
+def test_sentences_are_kept_whole_and_the_last_one_is_cut():
     votes = Settlement(Fate.COMPACT, window=6, kernel=1, unit=None)
     runtime = make_runtime(working_set=5)
     window = observe(runtime, 0, torch.Generator().manual_seed(7))
     blocks, private = list(range(1, 11)), [30, 31, 32]
     before = [pools.cache.clone() for pools in runtime.pools.layers]
-    told = np.array(ends, np.int32)
-    update = replace(settled(0, blocks, private, votes), sentence_ends=told)
+    ends = np.array(SENTENCES, np.int32)
+    update = replace(settled(0, blocks, private, votes), sentence_ends=ends)
     sparse = rows([0], [blocks[-1]], hi=HI)
     runtime.apply(StepMessage(runtime._step + 1, [], [update], sparse))
-    stops = ends or list(range(N, PROMPT, N))
     spans = [  # of the history
         range(max(a, LO * N), min(b, HI * N))
-        for a, b in pairwise([0, *stops])
+        for a, b in pairwise([0, *SENTENCES])
         if b > LO * N and a < HI * N
     ]
     for layer, pools in enumerate(runtime.pools.layers):
