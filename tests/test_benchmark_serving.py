@@ -258,6 +258,7 @@ def test_an_unknown_model_is_refused(serving, tmp_path):
         serving.model.Model(str(tmp_path / "nowhere"), tmp_path)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_a_small_load_on_both_servers(tmp_path):
@@ -272,7 +273,8 @@ def test_a_small_load_on_both_servers(tmp_path):
         "--concurrency",
         "4",
     ]
-    command += ["--output-tokens", "24", "--out", tmp_path / "rows"]
+    # Long enough for several looks at the metrics, which are taken every 0.2 s.
+    command += ["--output-tokens", "400", "--out", tmp_path / "rows"]
     command += ["--settings", '{"token_budget": 256, "min_context_tokens": 512}']
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
