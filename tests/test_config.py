@@ -75,6 +75,10 @@ def test_nothing_typed_means_the_defaults():
             {"policy": "streaming", "index": "centroid", "query": "current"},
             ["'streaming'", "index, query", "remove them"],
         ),
+        (
+            {"min_context_tokens_with_room": 4096},
+            ["min_context_tokens_with_room 4096", "min_context_tokens 8192", "raise it"],
+        ),
     ],
     ids=lambda value: None if isinstance(value, list) else repr(value),
 )

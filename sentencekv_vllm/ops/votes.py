@@ -49,7 +49,7 @@ def elect_tokens(scores: Tensor, count: int, group: Tensor | None = None) -> Ten
     """
     if group is None:
         return scores.topk(count, sorted=False).indices.sort().values
-    sums = torch.zeros(int(group[-1]) + 1, device=scores.device).index_add_(0, group, scores)
+    sums = torch.zeros_like(scores).index_add_(0, group, scores)  # more than there are: no sync
     rank = sums.argsort(descending=True, stable=True).argsort()
     return rank[group].argsort(stable=True)[:count].sort().values
 

@@ -47,5 +47,5 @@ def test_faster_than_dense_attention_at_32k(benchmark) -> None:
             kind = result.setting.kind
             best[kind] = max(best[kind], result.ratio_of_minima)
         if all(best[kind] >= floor for kind, floor in FLOORS.items()):
-            return
-    pytest.fail(f"dense time divided by ours: {best}, at least {FLOORS}")
+            break
+    assert all(best[kind] >= floor for kind, floor in FLOORS.items()), (best, FLOORS)
