@@ -94,13 +94,25 @@ class SentenceKVConfig:
     """Record what a sparse step does in CUDA graphs; False launches every kernel from Python."""
     allow_untested_vllm: bool = _option(False)
 
-    index_vectors: int | None = _option(None, low=1, high=2)
-    """Vectors a sentence row has room for. 2 lets requests ask for the policies `quest`,
-    `mean-std` and `retroinfer`, or to estimate; None: what the server's own policy needs."""
+    index_vectors: int | None = _option(None, low=0, high=2)
+    """Vectors a sentence row has room for. 1 lets requests ask for the policies that rank by mean
+    keys, 2 for `quest`, `mean-std` and `retroinfer`, too, or to estimate; None: what the server's
+    own policy needs."""
+
+    index_codes: bool | None = _option(None)
+    """Whether tokens' codes are kept, by which `sentencekv` ranks; None: where the server's own
+    policy does."""
 
     index_channels: int | None = _option(None, low=8)
-    """Rotated channels of a key that the 1-bit index keeps, a multiple of 8; None: all. Fewer
+    """Channels of a key that its code has bits for, a multiple of 8; None: half of them. Fewer
     make the index smaller and its estimates noisier."""
+
+    index_bits: int = _option(2, low=1, high=2)
+    """Bits of a channel's code."""
+
+    calibration: bool = _option(True)
+    """Find at start-up in which channels this model's keys and queries differ, once per model;
+    False codes keys in a fixed basis."""
 
     layer_share: int = _option(1, low=1)
     """Consecutive layers that share a selection: the first of them ranks."""
@@ -115,13 +127,12 @@ class SentenceKVConfig:
     the last: up to 4 numbers of mean 1, in place of the policy's own; None keeps them."""
 
     index: str | None = _option(None, choices=tuple(INDEX_NAMES))
-    """With `grouping`, `query`, `head_reduce`, `retention`, `score_channels` and `estimate`: in
+    """With `grouping`, `query`, `head_reduce`, `retention` and `estimate`: in
     place of the policy's own; None keeps it."""
     grouping: str | None = _option(None, choices=get_args(Grouping))
     query: str | None = _option(None, choices=tuple(QUERY_NAMES))
     head_reduce: str | None = _option(None, choices=tuple(REDUCE_NAMES))
     retention: float | None = _option(None, low=0)
-    score_channels: float | None = _option(None, above=0, high=1)
     estimate: bool | None = _option(None)
     """What is left out of the history contributes through its groups' mean keys and values."""
 
@@ -166,7 +177,7 @@ class SentenceKVConfig:
                 f"min_context_tokens_with_room {with_room} is below min_context_tokens "
                 f"{self.min_context_tokens}: raise it, or lower min_context_tokens"
             )
-        ranking = ("index", "grouping", "query", "head_reduce", "retention", "score_channels")
+        ranking = ("index", "grouping", "query", "head_reduce", "retention")
         overrides = [name for name in (*ranking, "estimate") if getattr(self, name) is not None]
         if overrides and POLICIES[self.policy].index is None:
             raise ConfigError(
@@ -179,15 +190,17 @@ class SentenceKVConfig:
                 f"policy {self.policy!r} selects nothing, so layer_weights cannot apply: remove it"
             )
         index = policy.index
-        if policy.score_channels != 1 and index is not IndexKind.TOKEN_BITS:
+        if (conflict := policy.codes_conflict) is not None:
+            raise ConfigError(conflict)
+        if index is IndexKind.TOKEN_CODES and self.index_codes is False:
             raise ConfigError(
-                f"score_channels {policy.score_channels:g} is of the 1-bit index, the index is "
-                f"{'none' if index is None else repr(index.name.lower())}: set index to "
-                "'token_bits' or score_channels to 1"
+                f"policy {self.policy!r} ranks by token codes, index_codes is false: remove it"
             )
         if (conflict := policy.estimate_conflict) is not None:
             raise ConfigError(f"{conflict}: set estimate to false")
-        if index is not None and self.index_vectors == 1 < policy.vectors:
+        if index is not None and self.index_vectors is not None and (
+            self.index_vectors < policy.vectors
+        ):
             raise ConfigError(
                 f"index {index.name.lower()!r}{' with estimate' * policy.estimate} keeps "
                 f"{policy.vectors} vectors a row, index_vectors is {self.index_vectors}: set it to "
@@ -220,7 +233,6 @@ class SentenceKVConfig:
             "query": None if self.query is None else QUERY_NAMES[self.query],
             "reduce": None if self.head_reduce is None else REDUCE_NAMES[self.head_reduce],
             "retention": self.retention,
-            "score_channels": self.score_channels,
             "layer_weights": self.layer_weights,
             "estimate": self.estimate,
         }

@@ -28,7 +28,6 @@ class DecodeOptions:
     query_kind: int  # types.QueryKind
     budget_blocks: int  # head-blocks of history selected per KV head and step
     seed: int
-    byte_rows: int  # rows of the token index that a step reads, each of 8 channels
     opening_blocks: int = 0  # where more, those selected for the first token of a sentence
     block_groups: bool = False  # a group is a KV block, not a sentence
     settlement: Settlement | None = None  # at the end of the prefill

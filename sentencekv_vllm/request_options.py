@@ -20,7 +20,6 @@ RANKING: dict[str, tuple[str, Mapping[str, Any] | None]] = {
     "sentencekv_query": ("query", QUERY_NAMES),
     "sentencekv_head_reduce": ("reduce", REDUCE_NAMES),
     "sentencekv_retention": ("retention", None),  # a number
-    "sentencekv_score_channels": ("score_channels", None),
     "sentencekv_estimate": ("estimate", {"on": True, "off": False}),
 }
 """Parts of the policy by option; they are there to compare rankings on one server."""
@@ -38,7 +37,6 @@ class RequestOptions:
     enabled: bool  # False: dense for good
     policy: SelectionPolicy
     budget_blocks: int  # history blocks per KV head and step
-    byte_rows: int  # of the 1-bit index, read per step
     layer_blocks: tuple[int, ...] = ()  # `budget_blocks` by layer; (): the same in all
 
     @classmethod
@@ -63,10 +61,9 @@ class RequestOptions:
         budget = _budget(given[BUDGET]) if BUDGET in given else resolved.config.token_budget
         if policy.selects:
             _check_fit(budget, resolved)
-        byte_rows = resolved.byte_rows(policy)
         history = resolved.history_blocks(policy, budget)
         by_layer = resolved.layer_blocks(policy, history)
-        return cls(enabled, policy, history, byte_rows, by_layer)
+        return cls(enabled, policy, history, by_layer)
 
 
 def _switch(value: Any) -> bool:
@@ -97,8 +94,6 @@ def _ranking(policy: SelectionPolicy, given: Mapping[str, Any]) -> SelectionPoli
         if names is None:
             if type(value) not in (int, float) or not 0 <= value < math.inf:
                 raise RequestOptionsError(f"{key} is a number of at least 0, got {value!r}")
-            if field == "score_channels" and not 0 < value <= 1:
-                raise RequestOptionsError(f"{key} is above 0 and at most 1, got {value!r}")
             changes[field] = float(value)
         elif value in names:
             changes[field] = names[value]
@@ -109,11 +104,12 @@ def _ranking(policy: SelectionPolicy, given: Mapping[str, Any]) -> SelectionPoli
 
 def _check_index(policy: SelectionPolicy, resolved: ResolvedConfig) -> None:
     index = policy.index
-    if policy.score_channels != 1 and index is not None and index is not IndexKind.TOKEN_BITS:
+    if (conflict := policy.codes_conflict) is not None:
+        raise RequestOptionsError(conflict)
+    if index is IndexKind.TOKEN_CODES and not resolved.code_width:
         raise RequestOptionsError(
-            f"score_channels {policy.score_channels:g} is of the 1-bit index, the index is "
-            f"{index.name.lower()!r}: set sentencekv_index to 'token_bits' or "
-            "sentencekv_score_channels to 1"
+            f"policy {policy.name!r} ranks by token codes, which this server does not keep: start "
+            "it with index_codes of true"
         )
     if (conflict := policy.estimate_conflict) is not None:
         raise RequestOptionsError(f"{conflict}: set sentencekv_estimate to 'off'")

@@ -10,6 +10,7 @@ from .config import ConfigError, SentenceKVConfig
 from .host_format import HostFormat, host_format
 from .layer_budgets import layer_blocks
 from .policies import SelectionPolicy
+from .types import IndexKind
 
 GIB = 2**30
 
@@ -29,7 +30,8 @@ class ResolvedConfig:
     block_size: int  # tokens
     rows_per_page: int  # sentence rows that come with a page
     index_vectors: int  # that a row has room for
-    index_dim: int  # rotated channels whose sign is kept
+    code_channels: int  # of a key, that have bits; 0: no codes are kept
+    code_width: int  # bits of a token's code
     observation_window: int  # last prompt tokens whose queries are kept
     sink_blocks: int
     recent_blocks: int  # full blocks that the recent window may touch
@@ -68,10 +70,6 @@ class ResolvedConfig:
     def index_bytes(self) -> int:
         return self.num_pages * self.index_page_bytes
 
-    def byte_rows(self, policy: SelectionPolicy) -> int:
-        """Rows of the 1-bit index, of 8 channels each, that a step of a policy reads."""
-        return math.ceil(policy.score_channels * self.index_dim / 8)
-
     def layer_blocks(self, policy: SelectionPolicy, budget_blocks: int) -> tuple[int, ...]:
         """A budget by layer, each within the working set; () where all layers have the same."""
         if not policy.layer_weights or not budget_blocks:
@@ -107,19 +105,23 @@ def resolve(
     """
     if head_dim % 8:
         raise ConfigError(
-            f"the index packs 8 sign bits a byte, head_dim {head_dim} is no multiple of 8: "
+            f"the index packs 8 bits a byte, head_dim {head_dim} is no multiple of 8: "
             "serve this model with another attention backend"
         )
     rows_per_page = max(1, block_size // config.sentence_tokens_per_row)
     head_blocks = num_layers * num_kv_heads
-    index_dim = _index_dim(config, head_dim)
-    bits_and_scales = block_size * (index_dim // 8 + 2)
+    policy = config.selection_policy
+    channels = _code_channels(config, policy, head_dim)
+    width = channels * config.index_bits
     form = _host_format(config.host_kv_dtype, block_size, head_dim, dtype_size)
     head_block_bytes = 2 * block_size * head_dim * dtype_size
     page_bytes = head_blocks * (head_block_bytes if form is None else form.head_block_bytes)
-    policy = config.selection_policy
-    vectors = config.index_vectors or policy.vectors
-    vectors_and_flags = rows_per_page * (2 * head_dim * vectors + 1)
+    vectors = policy.vectors if config.index_vectors is None else config.index_vectors
+    if not vectors:  # rows that hold nothing are never short
+        rows_per_page = block_size
+    # Codes, their scales, and mean, scale and flag of the page; vectors and flags of the rows.
+    head_page_bytes = block_size * (width // 8 + 2) + head_dim + 5 if channels else 0
+    head_page_bytes += rows_per_page * (2 * head_dim * vectors + 1) if vectors else 0
     history = _history_blocks(config, config.token_budget, block_size)
     wanted = config.working_set_tokens
     largest = history
@@ -136,7 +138,8 @@ def resolve(
         block_size=block_size,
         rows_per_page=rows_per_page,
         index_vectors=vectors,
-        index_dim=index_dim,
+        code_channels=channels,
+        code_width=width,
         observation_window=_observation_window(config, policy),
         sink_blocks=blocks(config.num_sink_tokens, block_size),
         recent_blocks=blocks(config.recent_window, block_size),
@@ -144,7 +147,7 @@ def resolve(
         num_pages=int(config.host_pool_gib * GIB) // page_bytes,
         host_format=form,
         page_bytes=page_bytes,
-        index_page_bytes=head_blocks * (bits_and_scales + vectors_and_flags),
+        index_page_bytes=head_blocks * head_page_bytes,
     )
     if resolved.policy.selects:
         _check_budget(resolved)
@@ -152,8 +155,13 @@ def resolve(
     return resolved
 
 
-def _index_dim(config: SentenceKVConfig, head_dim: int) -> int:
-    channels = head_dim if config.index_channels is None else config.index_channels
+def _code_channels(config: SentenceKVConfig, policy: SelectionPolicy, head_dim: int) -> int:
+    reads = policy.index is IndexKind.TOKEN_CODES
+    if not (reads if config.index_codes is None else config.index_codes):
+        return 0
+    channels = head_dim // 16 * 8 or 8
+    if config.index_channels is not None:
+        channels = config.index_channels
     if channels % 8 or channels > head_dim:
         fix = min(8 * -(-channels // 8), head_dim)
         raise ConfigError(

@@ -14,7 +14,7 @@ from .host_format import HostFormat
 class IndexKind(IntEnum):
     """What a sentence is scored by."""
 
-    TOKEN_BITS = 0  # best token: sign bits of the rotated key times the quantised query
+    TOKEN_CODES = 0  # blocks by the mass of their tokens: mean key plus coded residuals
     CENTROID = 1  # inner product with the mean key of the sentence
     RANDOM = 2  # seeded hash; the floor every method must beat
     BOUNDS = 3  # largest product that the channels' minima and maxima allow
@@ -23,7 +23,9 @@ class IndexKind(IntEnum):
     @property
     def vectors(self) -> int:
         """Vectors that a sentence's row must hold."""
-        return 2 if self in (IndexKind.BOUNDS, IndexKind.MEAN_STD) else 1
+        if self in (IndexKind.BOUNDS, IndexKind.MEAN_STD):
+            return 2
+        return int(self is IndexKind.CENTROID)
 
 
 class Reduce(IntEnum):
@@ -80,12 +82,8 @@ class Geometry:
     rows_per_page: int  # sentence rows (centroid, retention flag) that come with a page
     scale: float  # softmax scale of the attention
     vectors_per_row: int = 1  # 2: with room for IndexKind.BOUNDS and MEAN_STD, or for mean values
-    index_channels: int | None = None  # rotated channels that TOKEN_BITS keeps; None: all
+    code_width: int = 0  # sign planes of a token's code, see `Basis`; 0: no TOKEN_CODES
     host_format: HostFormat | None = None  # of the swap pool; None: byte copies
-
-    @property
-    def index_dim(self) -> int:
-        return self.head_dim if self.index_channels is None else self.index_channels
 
     @property
     def num_query_heads(self) -> int:
@@ -98,22 +96,42 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Basis:
+    """Where a layer's keys are coded: a linear map for keys and its counterpart for queries.
+
+    Per KV head, `<query @ query_map, key @ key_map> = <query, key>`. The first C channels carry
+    codes of `bits` bits, all of them the mean of a block: C * bits sign planes a token.
+    """
+
+    key_map: Tensor  # [H, D, D] float32
+    query_map: Tensor  # [H, D, D] float32
+    center: Tensor  # [H, D] float32, taken from mapped keys: the same for all of them
+    bits: int  # of a code, 1 or 2
+
+
+@dataclass(frozen=True)
 class LayerPools:
     """The memory of one layer. All tensors are views that outlive every request.
 
-    P pages, B vLLM blocks, H KV heads, N tokens a block, D head_dim, E index_dim, M rows a page.
+    P pages, B vLLM blocks, H KV heads, N tokens a block, D head_dim, W code_width, M rows a page.
+    What the server's policies do not read is None: codes and what belongs to them where W is 0,
+    rows where they hold no vector.
     """
 
     cache: Tensor  # [B, H, N, 2D] vLLM's KV cache of this layer, head-major
     host: Tensor  # [P, H, N, 2D] swap pool; [P, H, head_block_bytes] uint8 in a host format
-    bits: Tensor  # [P, H, E / 8, N] uint8: bit j of byte (i, t) is the sign of channel 8i + j
-    scales: Tensor  # [P, H, N] bfloat16
-    centroids: Tensor  # [P * M, H, D] bfloat16, one row per sentence: see ops.index_sentences
-    kept: Tensor  # [P * M, H] uint8: the sentence was selected at the step before
     page_slot: Tensor  # [P, H] int32: block that holds the page's head-block, or -1
     slot_page: Tensor  # [B, H] int32: page held by the block's head-block, or -1
     slot_stamp: Tensor  # [B, H] int32: step at which the slot was last selected
-    spreads: Tensor | None = None  # as centroids, where a row has two vectors: see there
+    codes: Tensor | None = None  # [P, H, W / 8, N] uint8: see ops.pack_keys
+    scales: Tensor | None = None  # [P, H, N] bfloat16: of the tokens' codes
+    means: Tensor | None = None  # [P, H, D] int8: mean key of the page, mapped
+    mean_scales: Tensor | None = None  # [P, H] float32
+    page_kept: Tensor | None = None  # [P, H] uint8: the page was selected at the step before
+    basis: Basis | None = None
+    centroids: Tensor | None = None  # [P * M, H, D] bfloat16, one row per sentence
+    kept: Tensor | None = None  # [P * M, H] uint8: the sentence was selected at the step before
+    spreads: Tensor | None = None  # as centroids, where a row has two vectors
     host_format: HostFormat | None = None  # None: a page is a byte copy of a block
 
 
@@ -136,12 +154,12 @@ class SparseBatch:
     budget_blocks: Tensor  # [S] int32: head-blocks to select, <= history_hi - history_lo
     private_blocks: Tensor  # [S, R] int32: the working set of each request
     index_kind: Tensor  # [S] int32, IndexKind
-    reduce: Tensor  # [S] int32, Reduce
-    retention: Tensor  # [S] float32: bonus for sentences selected at the step before
+    reduce: Tensor  # [S] int32, Reduce; TOKEN_CODES has its own
+    retention: Tensor  # [S] float32: what the score of a sentence that was selected at the step
+    # before gains; under TOKEN_CODES what a block's is multiplied by (`retention_factor`)
     seed: Tensor  # [S] int32: for IndexKind.RANDOM
-    byte_rows: Tensor  # [S] int32: of the E / 8 rows of `bits`, those that TOKEN_BITS reads
     step: int  # increases by one per step; the LRU stamp
-    token_bits_only: bool = False  # known on the host: every index_kind is TOKEN_BITS
+    token_codes_only: bool = False  # known on the host: every index_kind is TOKEN_CODES
 
 
 @dataclass(frozen=True)

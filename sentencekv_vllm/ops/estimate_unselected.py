@@ -106,7 +106,8 @@ def estimate_unselected(
         attended: what the output was computed from.
         output: [S, H * G, D], changed in place.
     """
-    assert pools.spreads is not None, "index_vectors is 2"
+    centroids, spreads = pools.centroids, pools.spreads
+    assert centroids is not None and spreads is not None, "index_vectors is 2"
     lse = attended.lse
     if lse is None:
         lse = attended_lse(geometry, pools.cache, query, attended)
@@ -124,12 +125,12 @@ def estimate_unselected(
 
     grouped = query.float().view(requests, heads, geometry.group_size, -1)
     logits = capped(
-        geometry.scale * grouped @ gathered(pools.centroids).mT, attended.softcap
+        geometry.scale * grouped @ gathered(centroids).mT, attended.softcap
     )  # [S, H, G, I]
     logits = logits + counts.float().log().transpose(1, 2)[:, :, None]
     lse = lse.view(requests, heads, geometry.group_size, 1)
     total = lse.logaddexp(logits.logsumexp(-1, keepdim=True))
     shares = (logits - total).exp()
     before = output.view_as(grouped)
-    merged = (lse - total).exp() * before.float() + shares @ gathered(pools.spreads)
+    merged = (lse - total).exp() * before.float() + shares @ gathered(spreads)
     before.copy_(merged.to(output.dtype).where(estimates[:, None, None, None], before))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copy-out: blocks become host pages with their token index."""
+"""Copy-out: blocks become host pages with their codes."""
 
 from __future__ import annotations
 
@@ -28,26 +28,33 @@ def read_keys(head_blocks: Tensor, key_offset: Tensor, block_size: int) -> Tenso
 
 
 def index_pages(
-    pools: LayerPools, block_ids: Tensor, page_ids: Tensor, key_offset: Tensor, rotation: Tensor
+    pools: LayerPools, block_ids: Tensor, page_ids: Tensor, key_offset: Tensor
 ) -> None:
-    """Copy blocks to host pages, in the pool's format, and write their sign bits and scales.
+    """Copy blocks to host pages, in the pool's format, and write their codes.
 
-    Forgets what the pages' former owner left: residency is cleared. The index is a
+    Forgets what the pages' former owner left: residency and `page_kept` are cleared. The index is a
     function of the block's keys alone, not of what the host format makes of them, so prefix
     hits, chunks and resumed requests agree.
 
     Args:
-        pools: `host`, `bits`, `scales` and `page_slot` are written.
+        pools: `host` and `page_slot` are written and, where the server keeps codes, what
+            `pack_keys` makes of the blocks' keys.
         block_ids, page_ids: [n] int32, distinct pages.
         key_offset: see `read_keys`.
-        rotation: [D, E] float32.
     """
     blocks, pages = block_ids.long(), page_ids.long()
     content = pools.cache[blocks]
     stored = quantize_pages(content, pools.host_format) if pools.host_format else content
     pools.host[pages.to(pools.host.device)] = stored.to(pools.host.device)
-    keys = read_keys(content, key_offset, content.shape[-2])
-    bits, scales = pack_keys(keys, rotation)
-    pools.bits[pages] = bits
-    pools.scales[pages] = scales
     pools.page_slot[pages] = -1
+    if pools.codes is None:
+        return
+    assert pools.basis is not None and pools.page_kept is not None
+    assert pools.scales is not None and pools.means is not None and pools.mean_scales is not None
+    keys = read_keys(content, key_offset, content.shape[-2])
+    packed = pack_keys(keys, pools.basis, 8 * pools.codes.shape[2])
+    pools.codes[pages] = packed.codes
+    pools.scales[pages] = packed.scales
+    pools.means[pages] = packed.means
+    pools.mean_scales[pages] = packed.mean_scales
+    pools.page_kept[pages] = 0

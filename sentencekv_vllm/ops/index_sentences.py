@@ -27,7 +27,7 @@ def index_sentences(
         have mean values (`ops.mean_values`).
 
     Args:
-        pools: `centroids`, `spreads` and `kept` are written; keys are read from `cache`, where
+        pools: has rows; `centroids`, `spreads` and `kept` are written; keys are read from `cache`, where
             the blocks of a sentence still are when it is sealed. A kind with two vectors needs
             `spreads`.
         rows: [n] int32, where each sentence's summary goes.
@@ -38,6 +38,8 @@ def index_sentences(
         key_offset: see `read_keys`.
         kind: of the request whose sentences these are.
     """
+    centroids, kept = pools.centroids, pools.kept
+    assert centroids is not None and kept is not None, "index_vectors is 1 or 2"
     block_size = pools.cache.shape[-2]
     for row, (first, length), blocks in zip(
         rows.tolist(), spans.tolist(), span_blocks.tolist(), strict=True
@@ -46,10 +48,10 @@ def index_sentences(
         keys = read_keys(pools.cache[torch.tensor(used)], key_offset, block_size)
         tokens = keys.transpose(0, 1).flatten(1, 2)[:, first : first + length].float()  # [H, n, D]
         centroid = tokens.amin(1) if kind == IndexKind.BOUNDS else tokens.mean(1)
-        pools.centroids[row] = centroid.to(pools.centroids.dtype)
+        centroids[row] = centroid.to(centroids.dtype)
         if kind.vectors == 2:
             assert pools.spreads is not None, "index_vectors is 2"
             is_bounds = kind == IndexKind.BOUNDS
             spread = tokens.amax(1) if is_bounds else tokens.var(1, correction=0)
             pools.spreads[row] = spread.to(pools.spreads.dtype)
-        pools.kept[row] = 0
+        kept[row] = 0

@@ -14,7 +14,9 @@ from ..types import Geometry, IndexKind, LayerPools, Selection, SparseBatch
 from .estimate_unselected import Attended, estimate_unselected
 from .index_pages import index_pages
 from .index_sentences import index_sentences
+from .rank_blocks import rank_blocks
 from .resolve_residency import resolve_residency
+from .score_blocks import score_blocks
 from .score_sentences import score_sentences
 from .select_blocks import select_blocks
 from .swap_blocks import swap_in
@@ -42,7 +44,6 @@ class LayerOps(Protocol):
         block_ids: Tensor,
         page_ids: Tensor,
         key_offset: Tensor,
-        rotation: Tensor,
     ) -> None:
         """See `ops.index_pages.index_pages`."""
 
@@ -69,7 +70,6 @@ class LayerOps(Protocol):
         pools: LayerPools,
         batch: SparseBatch,
         query: Tensor,
-        rotation: Tensor,
         out: DecodeOutputs,
     ) -> None:
         """Score, select, resolve and swap in for every request and KV head of a layer.
@@ -104,6 +104,12 @@ class LayerOps(Protocol):
         """See `ops.estimate_unselected.estimate_unselected`; `step` is that of the batch."""
 
 
+def _merged(codes: Tensor, by_blocks: Selection, by_sentences: Selection) -> Selection:
+    """Rows of the first where `codes`, [S], is set, else of the second."""
+    blocks = by_blocks.blocks.where(codes[:, None, None], by_sentences.blocks)
+    return Selection(blocks, by_blocks.coverage.where(codes[:, None], by_sentences.coverage))
+
+
 class ReferenceOps:
     """Stage after stage in plain PyTorch: the definition, and the fallback."""
 
@@ -126,13 +132,16 @@ class ReferenceOps:
         pools: LayerPools,
         batch: SparseBatch,
         query: Tensor,
-        rotation: Tensor,
         out: DecodeOutputs,
     ) -> None:
         clock = [time.perf_counter_ns()]
-        scores, mass = score_sentences(geometry, pools, batch, query, rotation)
+        codes = batch.index_kind == IndexKind.TOKEN_CODES
+        masses = score_blocks(geometry, pools, batch, query) if codes.any() else None
+        scores, mass = score_sentences(geometry, pools, batch, query)
         clock.append(time.perf_counter_ns())
         selection = select_blocks(geometry, pools, batch, scores, mass)
+        if masses is not None:
+            selection = _merged(codes, rank_blocks(geometry, pools, batch, masses), selection)
         self._selection = selection
         clock.append(time.perf_counter_ns())
         self._attendable(pools, batch, selection, out, clock)

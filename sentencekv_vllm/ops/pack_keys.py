@@ -1,37 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-"""1-bit token keys: sign bits of the rotated key and one scale per token."""
+"""Codes of a page's keys: the mean of the page, and one or two bits of what a token adds to it."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..types import Basis
 
-def pack_keys(keys: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-    """Reduce keys to sign bits and scales.
+MEAN_LEVELS = 127
+
+
+@dataclass(frozen=True)
+class PackedKeys:
+    """The index of pages; N tokens, D channels, W sign planes."""
+
+    codes: Tensor  # [..., H, W / 8, N] uint8: bit j of byte (i, t) is plane 8i + j of token t
+    scales: Tensor  # [..., H, N] bfloat16
+    means: Tensor  # [..., H, D] int8
+    mean_scales: Tensor  # [..., H] float32
+
+
+def pack_keys(keys: Tensor, basis: Basis, code_width: int) -> PackedKeys:
+    """Code the keys of pages, each on its own.
+
+    With `z = key @ key_map - center`, the page's mean of z is kept on a grid of 255 levels, and of
+    the first C = W / bits channels of what a token adds to it, x, the code c:
+      1 bit: the sign of each channel, one plane a channel;
+      2 bits: -3, -1, 1 or 3, whose threshold is the root mean square of the token's channels:
+        plane c is the sign s of channel c, plane C + c is t in {-1, 1} with c = 2 s + t.
+    A token's scale is |x|^2 / <c, x>, which makes `scale * <query, c>` an estimate of `<query, x>`
+    without bias towards x (RaBitQ, arXiv 2405.12497). What is not finite is coded as 0.
 
     Args:
-        keys: [..., N, D], post-RoPE, any float dtype.
-        rotation: [D, E] float32, orthonormal columns.
-
-    Returns:
-        bits [..., E / 8, N] uint8: bit j of byte (i, t) is 1 where the rotated channel
-        8i + j of token t is >= 0; scales [..., N] bfloat16: |key|^2 / sum|x| with x the E
-        rotated channels, which makes `scale * <query, sign>` an unbiased estimate of
-        `<query, key>` (RaBitQ's estimator, arXiv 2405.12497; docs/method.md for E < D).
-        A key that is zero in all E channels has scale 0.
+        keys: [..., H, N, D], post-RoPE, any float dtype.
+        code_width: W.
     """
-    rotated = keys.float() @ rotation
-    signs = (rotated >= 0).to(torch.uint8).transpose(-1, -2)  # [..., E, N]
-    shifts = torch.arange(8, dtype=torch.uint8, device=keys.device)
-    bits = (signs.unflatten(-2, (-1, 8)) << shifts[:, None]).sum(-2, dtype=torch.uint8)
-    l1 = rotated.abs().sum(-1)
-    scales = torch.where(l1 > 0, keys.float().square().sum(-1) / l1, 0.0)
-    return bits, scales.to(torch.bfloat16)
+    z = keys.float() @ basis.key_map - basis.center[:, None]
+    mean = z.mean(-2)
+    mean_scales = mean.abs().amax(-1) / MEAN_LEVELS
+    mean_scales = torch.where(mean_scales.isfinite(), mean_scales, 0.0)
+    inverse = torch.where(mean_scales > 0, 1 / mean_scales, 0.0)[..., None]
+    means = torch.round(mean * inverse).nan_to_num(0.0).to(torch.int8)
+    x = (z - (means.float() * mean_scales[..., None])[..., None, :])[..., : code_width // basis.bits]
+    negative = x < 0
+    squares = x.square()
+    square = squares.sum(-1)
+    product = x.abs().sum(-1)
+    planes = ~negative
+    if basis.bits == 2:
+        outer = squares * x.shape[-1] >= square[..., None]
+        product = product + 2 * (x.abs() * outer).sum(-1)
+        planes = torch.cat((planes, negative ^ outer), -1)
+    scales = torch.where(product > 0, square / product, 0.0).to(torch.bfloat16)
+    return PackedKeys(
+        _bytes(planes), torch.where(scales.isfinite(), scales, 0.0), means, mean_scales
+    )
 
 
-def unpack_signs(bits: Tensor) -> Tensor:
-    """bits [..., E / 8, N] -> signs [..., N, E] int8, +1 or -1."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    ones = (bits.unsqueeze(-2) >> shifts[:, None]) & 1  # [..., E / 8, 8, N]
+def _bytes(planes: Tensor) -> Tensor:
+    """[..., N, W] bool -> [..., W / 8, N] uint8."""
+    ones = planes.to(torch.uint8).transpose(-1, -2).unflatten(-2, (-1, 8))
+    shifts = torch.arange(8, dtype=torch.uint8, device=planes.device)
+    return (ones << shifts[:, None]).sum(-2, dtype=torch.uint8)
+
+
+def unpack_signs(codes: Tensor) -> Tensor:
+    """codes [..., W / 8, N] -> signs of the planes [..., N, W] int8, +1 or -1."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    ones = (codes.unsqueeze(-2) >> shifts[:, None]) & 1  # [..., W / 8, 8, N]
     return (ones.to(torch.int8) * 2 - 1).flatten(-3, -2).transpose(-1, -2)

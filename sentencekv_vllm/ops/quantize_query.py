@@ -1,31 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotated queries on a 6-bit grid, so that scores over sign bits are exact integers."""
+"""Mapped queries on integer grids, so that the products with codes and means are exact."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-QUERY_LEVELS = 31  # four channels sum to at most 124: a byte table holds every 4-bit group
+from ..types import Basis
+
+CODE_LEVELS = {1: 31, 2: 15}
+"""By the bits of a code; four planes sum to at most 124, so that a byte table holds every four
+bits, and a level times the weight of its plane has six bits."""
+MEAN_LEVELS = 127
 
 
-def quantize_query(query: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate and round queries.
+@dataclass(frozen=True)
+class QuantizedQuery:
+    """A query for the two parts of an estimate."""
 
-    With integers on both sides, table look-ups (CPU), tensor cores and popcounts (GPU)
-    all return the same score, bit for bit. The rounding error is some 2% of the query's
-    norm, far below the error of the 1-bit keys.
+    levels: Tensor  # [..., W] int8 in [-31, 31]: for the sign planes, their weights included
+    step: Tensor  # [...] float32
+    mean_levels: Tensor  # [..., D] int8 in [-127, 127]
+    mean_step: Tensor  # [...] float32
+
+
+def quantize_query(query: Tensor, basis: Basis, code_width: int) -> QuantizedQuery:
+    """Map and round queries.
+
+    With y = query @ query_map, `mean_levels * mean_step ~ y` and, for its first C channels,
+    `level * step ~ y`. Two bits of a code are the planes s and t of `2 s + t`: the level of
+    channel c is 2 `level` at plane c and `level` at plane C + c. A query that is zero, or not
+    finite, has levels and steps of 0.
 
     Args:
-        query: [..., D], any float dtype.
-        rotation: [D, E] float32.
-
-    Returns:
-        levels [..., E] int8 in [-31, 31]; step [...] float32 with
-        `query @ rotation ~ levels * step`. A zero query has step 0.
+        query: [..., H, G, D], any float dtype.
+        code_width: W.
     """
-    rotated = query.float() @ rotation
-    step = rotated.abs().amax(-1) / QUERY_LEVELS
+    y = query.float() @ basis.query_map
+    coded = y[..., : code_width // basis.bits]
+    levels, step = _rounded(coded, CODE_LEVELS[basis.bits])
+    if basis.bits == 2:
+        levels = torch.cat((2 * levels, levels), -1)
+    return QuantizedQuery(levels, step, *_rounded(y, MEAN_LEVELS))
+
+
+def _rounded(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    step = x.abs().amax(-1) / levels
+    step = torch.where(step.isfinite(), step, 0.0)
     inverse = torch.where(step > 0, 1 / step, 0.0)
-    levels = torch.round(rotated * inverse[..., None]).to(torch.int8)
-    return levels, step
+    rounded = torch.round(x * inverse[..., None]).nan_to_num(0.0, 0.0, 0.0)
+    return rounded.clamp(-levels, levels).to(torch.int8), step

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import Geometry, LayerPools, Selection, SparseBatch
+from ..types import Geometry, IndexKind, LayerPools, Selection, SparseBatch
 from .score_sentences import sentence_rows
 
 
@@ -20,13 +20,13 @@ def select_blocks(
     ends. Exactly `budget_blocks` blocks are selected, so shapes do not depend on the data.
     Equal scores: the earlier sentence first. `kept` becomes 1 for the sentences taken (a
     cut one included), 0 for the others. A budget that covers the history takes every block
-    and leaves `kept` alone.
+    and leaves `kept` alone. Requests whose index is TOKEN_CODES are left out, as -1 and NaN.
 
     Args:
         scores, mass: from `score_sentences`.
 
     Returns:
-        Selection; `coverage` sums the mass of the taken sentences and the resident tokens.
+        Selection; `coverage` sums the mass of the taken sentences.
     """
     num_requests, heads, _ = scores.shape
     n = geometry.block_size
@@ -36,6 +36,8 @@ def select_blocks(
     for s in range(num_requests):
         lo, hi = int(batch.history_lo[s]), int(batch.history_hi[s])
         budget = int(batch.budget_blocks[s])
+        if int(batch.index_kind[s]) == IndexKind.TOKEN_CODES:
+            continue
         if budget == hi - lo:
             blocks[s, :, :budget] = torch.arange(lo, hi, dtype=torch.int32)
             coverage[s] = 1.0
@@ -57,7 +59,8 @@ def select_blocks(
                 chosen.append(i)
             assert len(taken) == budget, "every history block is touched by a sealed sentence"
             blocks[s, h, :budget] = torch.tensor(sorted(taken), dtype=torch.int32)
-            pools.kept[rows, h] = 0
-            pools.kept[rows[torch.tensor(chosen, dtype=torch.int64)], h] = 1
-            coverage[s, h] = mass[s, h, chosen].sum() + mass[s, h, -1]
+            if pools.kept is not None:
+                pools.kept[rows, h] = 0
+                pools.kept[rows[torch.tensor(chosen, dtype=torch.int64)], h] = 1
+            coverage[s, h] = mass[s, h, chosen].sum()
     return Selection(blocks, coverage)

@@ -16,7 +16,6 @@ from .sentence_kv_paper import SENTENCE_KV_PAPER
 from .sentence_kv_pool import SENTENCE_KV_POOL
 from .snap_kv import SNAP_KV
 from .streaming import STREAMING
-from .think import THINK
 from .window_kv import WINDOW_KV
 
 POLICIES: dict[str, SelectionPolicy] = {
@@ -32,7 +31,6 @@ POLICIES: dict[str, SelectionPolicy] = {
     "retroinfer": RETRO_INFER,
     "quest": QUEST,
     "mean-std": MEAN_STD,
-    "think": THINK,
     "full": FULL,
     "streaming": STREAMING,
     "random": RANDOM,

@@ -17,7 +17,7 @@ class SelectionPolicy:
 
     Attributes:
         name: what the user types.
-        index: what a group is scored by; None where nothing is ranked.
+        index: what a group is scored by; None where nothing is ranked. TOKEN_CODES scores blocks.
         grouping: a group is a `sentences` entry of the segmenter, or one of the KV `blocks`,
             for which no segmenter runs. What is said of sentences elsewhere holds for both.
         opening: budgets that the first token of a sentence attends to, where more than one.
@@ -27,8 +27,6 @@ class SelectionPolicy:
         reduce: how a GQA group's scores become one per KV head.
         retention: bonus, in log-probability where `reduce` is SOFTMAX_MEAN and in units of
             the logits otherwise, for groups that the step before selected.
-        score_channels: share of the 1-bit index's channels that a step reads, those in which
-            the query is strongest.
         selects: history blocks are ranked, and attended to within the token budget.
         keeps_all: the whole history is attended to, whatever the budget.
         layer_weights: parts of the budget that tiers of consecutive layers have, of mean 1; ():
@@ -42,7 +40,6 @@ class SelectionPolicy:
     query: QueryKind = QueryKind.CURRENT
     reduce: Reduce = Reduce.MEAN
     retention: float = 0.0
-    score_channels: float = 1.0
     selects: bool = True
     keeps_all: bool = False
     grouping: Grouping = "sentences"
@@ -55,6 +52,17 @@ class SelectionPolicy:
     def vectors(self) -> int:
         """Vectors that a group's row must hold."""
         return 2 if self.estimate else 1 if self.index is None else self.index.vectors
+
+    @property
+    def codes_conflict(self) -> str | None:
+        """Why the index does not go with the rest; None: it does."""
+        if self.index is not IndexKind.TOKEN_CODES:
+            return None
+        if self.grouping != "blocks":
+            return "index 'token_codes' ranks blocks: set grouping to 'blocks'"
+        if self.reduce is not Reduce.SOFTMAX_MEAN:
+            return "index 'token_codes' ranks by probability: set head_reduce to 'softmax_mean'"
+        return None
 
     @property
     def estimate_conflict(self) -> str | None:

@@ -21,6 +21,7 @@ from ..scheduler.page_pool import PagePool
 from ..scheduler.reasons import Reason
 from ..scheduler.request_state import RequestState
 from ..segmentation.service import SegmentationService
+from ..types import IndexKind
 from .manager import SentenceKVManager, reuse_up_to
 from .resolve import load_vocabulary, resolve_for_engine
 
@@ -135,13 +136,12 @@ class SchedulerSide:
         if policy.keeps_all and self.resolved.config.stay_dense_when_covered:
             return Reason.POLICY_FULL, None, False
         options = DecodeOptions(
-            index_kind=int(policy.index or 0),
+            index_kind=int(IndexKind.RANDOM if policy.index is None else policy.index),
             reduce=int(policy.reduce),
             retention=policy.retention,
             query_kind=int(policy.query),
             budget_blocks=wanted.budget_blocks,
             seed=(params.seed or 0) % 2**31 if params is not None else 0,
-            byte_rows=wanted.byte_rows,
             block_groups=policy.grouping == "blocks",
             settlement=policy.settlement,
             opening_blocks=min(

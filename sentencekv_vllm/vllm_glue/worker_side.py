@@ -56,7 +56,7 @@ def build_runtime(
         rows_per_page=resolved.rows_per_page,
         scale=layer.impl.scale,
         vectors_per_row=resolved.index_vectors,
-        index_channels=resolved.index_dim,
+        code_width=resolved.code_width,
         host_format=resolved.host_format,
     )
     sizes = _sizes(vllm_config, resolved, geometry, caches[0].device)

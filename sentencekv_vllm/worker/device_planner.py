@@ -85,7 +85,7 @@ class DevicePlanner:
         return StepPlan(
             step=facts.step,
             layers=facts.layers,
-            batch=buffers.batches[known.token_bits_only],
+            batch=buffers.batches[known.token_codes_only],
             rows=inputs["rows"][:count],
             tokens=inputs["tokens"],
             slots=inputs["slots"],

@@ -54,7 +54,7 @@ class StepPlan:
         """What of a layer's work depends on the plan beyond its tensors: part of a graph's key."""
         absent = (x is None for x in (self.running, self.previous, self.estimates))
         unranked = bool(self.unranked.all())
-        return unranked, self.ahead, self.batch.token_bits_only, *absent
+        return unranked, self.ahead, self.batch.token_codes_only, *absent
 
 
 def table_width(rows: SparseRows, budget: Int32s, block_size: int) -> int:

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops.basis import plain_basis
 from ..types import Geometry, LayerPools
 from .host_memory import HostPool
 from .transfer import upload
@@ -47,13 +49,20 @@ class Pools:
             pinned=device.type == "cuda",
         )
         self.host = self._host_pool.tensor
-        self.bits = on_device((pages, heads, g.index_dim // 8, n), torch.uint8)
-        self.scales = on_device((pages, heads, n), torch.bfloat16)
-        self.centroids = on_device((rows, heads, d), torch.bfloat16)
-        self.spreads = (
-            on_device((rows, heads, d), torch.bfloat16) if g.vectors_per_row == 2 else None
-        )
-        self.kept = on_device((rows, heads), torch.uint8).zero_()
+        w = g.code_width
+        self.codes = on_device((pages, heads, w // 8, n), torch.uint8) if w else None
+        self.scales = on_device((pages, heads, n), torch.bfloat16) if w else None
+        self.means = on_device((pages, heads, d), torch.int8) if w else None
+        self.mean_scales = on_device((pages, heads), torch.float32) if w else None
+        self.page_kept = on_device((pages, heads), torch.uint8) if w else None
+        self.bases = [plain_basis(heads, d, w, device) for _ in range(layers)] if w else None
+        vectors = g.vectors_per_row
+        self.centroids = on_device((rows, heads, d), torch.bfloat16) if vectors else None
+        self.spreads = on_device((rows, heads, d), torch.bfloat16) if vectors == 2 else None
+        self.kept = on_device((rows, heads), torch.uint8) if vectors else None
+        for flags in (self.page_kept, self.kept):
+            if flags is not None:
+                flags.zero_()
         self.page_slot = on_device((pages, heads), torch.int32).fill_(-1)
         self.slot_page = on_device((blocks, heads), torch.int32).fill_(-1)
         self.slot_stamp = on_device((blocks, heads), torch.int32).fill_(-1)
@@ -61,18 +70,29 @@ class Pools:
             LayerPools(
                 cache=caches[i],
                 host=self.host[i],
-                bits=self.bits[i],
-                scales=self.scales[i],
-                centroids=self.centroids[i],
-                kept=self.kept[i],
                 page_slot=self.page_slot[i],
                 slot_page=self.slot_page[i],
                 slot_stamp=self.slot_stamp[i],
-                spreads=None if self.spreads is None else self.spreads[i],
                 host_format=form,
+                **{name: part[i] for name, part in self._index().items()},
             )
             for i in range(layers)
         ]
+
+    def _index(self) -> dict[str, Any]:
+        """What there is of the index, by the names of `LayerPools`, a layer each."""
+        parts = {
+            "codes": self.codes,
+            "scales": self.scales,
+            "means": self.means,
+            "mean_scales": self.mean_scales,
+            "page_kept": self.page_kept,
+            "basis": self.bases,
+            "centroids": self.centroids,
+            "spreads": self.spreads,
+            "kept": self.kept,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
 
     @property
     def host_bytes(self) -> int:
@@ -80,9 +100,7 @@ class Pools:
 
     @property
     def index_bytes(self) -> int:
-        spreads = 0 if self.spreads is None else self.spreads.nbytes
-        vectors = self.centroids.nbytes + spreads
-        return self.bits.nbytes + self.scales.nbytes + vectors + self.kept.nbytes
+        return sum(part.nbytes for part in self._index().values() if isinstance(part, Tensor))
 
     @property
     def page_bytes(self) -> int:
@@ -103,7 +121,9 @@ class Pools:
 
     def reset(self) -> None:
         """Nothing is resident, and nothing was ever selected."""
-        self.kept.zero_()
+        for flags in (self.page_kept, self.kept):
+            if flags is not None:
+                flags.zero_()
         for table in (self.page_slot, self.slot_page, self.slot_stamp):
             table.fill_(-1)
 

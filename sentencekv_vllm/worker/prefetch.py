@@ -83,7 +83,7 @@ class Prefetch:
         tables.head_tables.copy_(plan.out.head_tables)  # sinks and recent window, for all layers
 
         def work(layer: int) -> None:
-            key = (layer, plan.batch.token_bits_only)
+            key = (layer, plan.batch.token_codes_only)
             tables.graphs.run(key, partial(rank, layer, tables.outs[layer]))
 
         self.queue(layers, work)

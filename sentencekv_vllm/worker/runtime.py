@@ -17,7 +17,6 @@ from ..ops.estimate_unselected import Attended
 from ..ops.layer_ops import DecodeOutputs, LayerOps
 from ..ops.load import Sizes
 from ..ops.mean_values import GroupTokens, write_mean_values
-from ..ops.rotation import rotation
 from ..ops.token_layout import TokenLayout
 from ..types import Geometry, QueryKind
 from .copy_stream import CopyStream, copy_stream
@@ -103,7 +102,6 @@ class Runtime:
         self.query_mean = QueryMean(geometry, num_slots + 1)
         self.query_previous = QueryPrevious(geometry, num_slots + 1)
         self.counters: Counter[str] = Counter()
-        self.rotation = rotation(geometry.head_dim, geometry.index_dim).to(self.device)
         self._layer_share = layer_share
         self._prefetch = prefetch
         self._records = new_graph is not None
@@ -121,7 +119,6 @@ class Runtime:
                 self.tables,
                 self.observations,
                 warm_ops,
-                self.rotation,
                 layer_share,
             )
         self._guesses: deque[Guess] = deque()
@@ -186,6 +183,8 @@ class Runtime:
     def _update(self, message: StepMessage) -> None:
         started = time.perf_counter_ns()
         sentences = [s for u in message.updates if (s := self.tables.apply(u)) is not None]
+        if not self.geometry.vectors_per_row:
+            sentences = []  # nobody reads rows
         blocks = np.asarray([b for u in message.updates for b in u.block_ids], np.int32)
         pages = np.asarray([p for u in message.updates for p in u.page_ids], np.int32)
         arrays = [blocks, pages]
@@ -201,9 +200,7 @@ class Runtime:
             places = upload(tokens, self.device) if tokens else []
             for pools in self.pools.layers:
                 if len(blocks):
-                    self.ops.index_pages(
-                        pools, block_ids, page_ids, self._key_offset, self.rotation
-                    )
+                    self.ops.index_pages(pools, block_ids, page_ids, self._key_offset)
                 for i, s in enumerate(sentences):
                     rows, ranges, span_blocks = spans[3 * i : 3 * i + 3]
                     self.ops.index_sentences(
@@ -214,9 +211,7 @@ class Runtime:
                     write_mean_values(pools, spans[3 * i], groups, self._layout)
             settled = [u for u in message.updates if u.settled is not None]
             if settled:
-                settling = Settling(
-                    self.geometry, self._layout, self.rotation, self.observations, self.ops
-                )
+                settling = Settling(self.geometry, self._layout, self.observations, self.ops)
                 for update in settled:
                     settling.add(update, self.tables)
                 for layer, pools in enumerate(self.pools.layers):
@@ -346,7 +341,7 @@ class Runtime:
         if query is None:
             self.ops.reuse_selection(pools, plan.batch, out)
         else:
-            self.ops.decode_layer(self.geometry, pools, plan.batch, query, self.rotation, out)
+            self.ops.decode_layer(self.geometry, pools, plan.batch, query, out)
 
     def estimate(
         self,

@@ -59,13 +59,11 @@ class Settling:
         self,
         geometry: Geometry,
         layout: TokenLayout,
-        rotation: Tensor,
         observations: Observations,
         ops: LayerOps,
     ) -> None:
         self._geometry = geometry
         self._layout = layout
-        self._rotation = rotation
         self._observations = observations
         self._ops = ops
         self._cases: list[Case] = []
@@ -160,7 +158,7 @@ class Settling:
         source = replace(pools, cache=sorted_blocks, slot_page=slot_page, slot_stamp=slot_stamp)
         key_offset = self._layout.keys.flatten().to(torch.int32)
         block_ids = blocks.to(torch.int32)
-        self._ops.index_pages(source, block_ids, case.pages[lo:hi], key_offset, self._rotation)
+        self._ops.index_pages(source, block_ids, case.pages[lo:hi], key_offset)
         spans = torch.tensor([0, n], dtype=torch.int32, device=content.device).repeat(hi - lo, 1)
         rows = case.rows[lo:hi].to(torch.int32)
         self._ops.index_sentences(source, rows, spans, block_ids[:, None], key_offset)

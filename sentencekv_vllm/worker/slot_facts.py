@@ -18,14 +18,14 @@ class SlotFacts:
     Attributes:
         columns: those that the device is told, by name.
         unranked: rows that choose nothing.
-        token_bits_only: all rows rank by 1-bit keys.
+        token_codes_only: all rows rank by token codes.
     """
 
     columns: dict[str, Array]
     unranked: Array
     max_pages: int
     max_sentences: int
-    token_bits_only: bool
+    token_codes_only: bool
     any_running: bool
     any_previous: bool
     any_estimates: bool
@@ -40,7 +40,6 @@ class SlotFacts:
             "index_kind": options["index_kind"],
             "reduce": options["reduce"],
             "seed": options["seed"],
-            "byte_rows": options["byte_rows"],
             "retention": tables.retention[slots],
             "running": options["query_kind"] == QueryKind.RUNNING_MEAN,
             "previous": options["query_kind"] == QueryKind.PREVIOUS,
@@ -51,7 +50,7 @@ class SlotFacts:
             unranked=options["unranked"].astype(bool),
             max_pages=int(columns["num_pages"].max()),
             max_sentences=int(columns["num_sentences"].max()),
-            token_bits_only=bool((options["index_kind"] == IndexKind.TOKEN_BITS).all()),
+            token_codes_only=bool((options["index_kind"] == IndexKind.TOKEN_CODES).all()),
             any_running=bool(columns["running"].any()),
             any_previous=bool(columns["previous"].any()),
             any_estimates=bool(columns["estimates"].any()),

@@ -28,7 +28,6 @@ INPUTS = {  # what the host tells in every step, [S] each, in one copy
     "index_kind": torch.int32,
     "reduce": torch.int32,
     "seed": torch.int32,
-    "byte_rows": torch.int32,
     "retention": torch.float32,
     "running": torch.bool,
     "previous": torch.bool,
@@ -98,17 +97,17 @@ class StepBuffers:
         self.inputs = dict(zip(INPUTS, packing.views(self._inputs), strict=True))
         row_pages = -(-size.sentences // geometry.rows_per_page)
         shared = ("num_pages", "num_sentences", "history_lo", "history_hi", "budget_blocks")
-        options = ("index_kind", "reduce", "retention", "seed", "byte_rows")
+        options = ("index_kind", "reduce", "retention", "seed")
         batch = SparseBatch(
             pages=int32s(s, size.pages),
             row_pages=int32s(s, row_pages),
             sentence_ends=int32s(s, size.sentences),
             private_blocks=int32s(s, working_set),
             step=-1,  # set in the ops, which read it from the device
-            token_bits_only=False,
+            token_codes_only=False,
             **{name: self.inputs[name] for name in (*shared, *options)},
         )
-        self.batches = {only: replace(batch, token_bits_only=only) for only in (False, True)}
+        self.batches = {only: replace(batch, token_codes_only=only) for only in (False, True)}
         self._block_table = int32s(s, size.max_blocks)
         self.head_tables = int32s(s, heads, size.width)
         self.lengths = int32s(s)

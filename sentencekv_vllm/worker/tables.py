@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from ..messages import Int32s, RequestUpdate, SparseRows
+from ..ops.rank_blocks import retention_factor
 from ..types import IndexKind, SparseBatch
 from .transfer import upload
 
@@ -21,7 +22,6 @@ OPTION_COLUMNS = (
     "budget_blocks",
     "seed",
     "query_kind",
-    "byte_rows",
     "unranked",
     "opening_blocks",
     "estimates",
@@ -122,6 +122,8 @@ class Tables:
         self.changes[slot] += 1
         if update.options is not None:
             self.retention[slot] = update.options.retention
+            if update.options.index_kind == IndexKind.TOKEN_CODES:
+                self.retention[slot] = retention_factor(update.options.retention)
             by_layer = update.options.layer_blocks
             self.layer_blocks[slot] = by_layer or update.options.budget_blocks
             self.differs_by_layer[slot] = bool(by_layer)
@@ -198,10 +200,9 @@ class Tables:
             "reduce": self.options["reduce"][slots],
             "retention": self.retention[slots],
             "seed": self.options["seed"][slots],
-            "byte_rows": self.options["byte_rows"][slots],
         }
         tensors = upload(list(columns.values()), self.device)
         named = dict(zip(columns, tensors, strict=True))
-        batch = SparseBatch(**named, step=step, budget_blocks=budget, token_bits_only=False)
+        batch = SparseBatch(**named, step=step, budget_blocks=budget, token_codes_only=False)
         self._batch = (key, batch)
         return batch

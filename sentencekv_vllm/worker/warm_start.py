@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..messages import Int32s, RequestUpdate, SparseRows
 from ..ops.layer_ops import DecodeOutputs, LayerOps
-from ..types import Geometry, SparseBatch
+from ..types import Geometry, IndexKind, SparseBatch
 from .observations import Observations
 from .planner import STAGES, attended_blocks
 from .pools import Pools
@@ -55,7 +55,6 @@ class WarmStart:
         tables: Tables,
         observations: Observations,
         ops: LayerOps,
-        rotation: Tensor,
         layer_share: int,
     ) -> None:
         """Nothing to do yet.
@@ -64,9 +63,13 @@ class WarmStart:
             ops: shares no workspace with those of the layers; of `MAX_ROWS` requests.
         """
         self._geometry, self._tables, self._observations = geometry, tables, observations
-        self._ops, self._rotation, self._layer_share = ops, rotation, layer_share
-        kept = torch.zeros_like(pools.layers[0].kept)  # written by every layer, never counts
-        self._pools = [replace(layer, kept=kept) for layer in pools.layers]
+        self._ops, self._layer_share = ops, layer_share
+        # Written by every layer, never count.
+        kept, page_kept = (
+            None if flags is None else torch.zeros_like(flags)
+            for flags in (pools.layers[0].kept, pools.layers[0].page_kept)
+        )
+        self._pools = [replace(layer, kept=kept, page_kept=page_kept) for layer in pools.layers]
 
     def begin(self, step: int, rows: SparseRows, updates: Sequence[RequestUpdate]) -> list[Guess]:
         """What can be filled in a step, for consecutive runs of layers.
@@ -102,7 +105,7 @@ class WarmStart:
         return Guess(
             step,
             layers,
-            replace(batch, retention=torch.zeros_like(batch.retention)),
+            replace(batch, retention=(batch.index_kind == IndexKind.TOKEN_CODES).float()),
             places,
             DecodeOutputs(tables, totals.hits, totals.misses, totals.coverage, totals.stage_ns),
             Tallies(totals, count),
@@ -118,4 +121,4 @@ class WarmStart:
             self._ops.reuse_selection(pools, guess.batch, guess.out)
             return
         query = self._observations.at(layer, guess.places)
-        self._ops.decode_layer(self._geometry, pools, guess.batch, query, self._rotation, guess.out)
+        self._ops.decode_layer(self._geometry, pools, guess.batch, query, guess.out)

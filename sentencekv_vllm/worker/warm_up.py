@@ -42,8 +42,8 @@ def warm_up(runtime: Runtime, attend: Callable[[StepPlan, Tensor], None]) -> Non
         return  # no request of this engine will be sparse
     cache[0].normal_()  # any numbers; the null block stands in for all of the history
     kinds = [  # and whether the query restarts: if not, `previous` ranks ahead of the layer
-        (IndexKind.TOKEN_BITS, QueryKind.PREVIOUS, True),
-        (IndexKind.TOKEN_BITS, QueryKind.PREVIOUS, False),
+        (IndexKind.TOKEN_CODES, QueryKind.PREVIOUS, True),
+        (IndexKind.TOKEN_CODES, QueryKind.PREVIOUS, False),
         (IndexKind.CENTROID, QueryKind.RUNNING_MEAN, True),  # ranks in float32
         (IndexKind.CENTROID, QueryKind.CURRENT, True),
     ]
@@ -68,7 +68,6 @@ def warm_up(runtime: Runtime, attend: Callable[[StepPlan, Tensor], None]) -> Non
             query_kind=int(query_kind),
             budget_blocks=min(working_set, history),
             seed=0,
-            byte_rows=geometry.index_dim // 8,
         )
         update = RequestUpdate(
             slot=0,

@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from sentencekv_vllm.host_format import host_format
+from sentencekv_vllm.ops.basis import balanced_basis, plain_basis
 from sentencekv_vllm.ops.index_pages import index_pages
 from sentencekv_vllm.ops.index_sentences import index_sentences
 from sentencekv_vllm.ops.layer_ops import DecodeOutputs
-from sentencekv_vllm.ops.rotation import rotation
-from sentencekv_vllm.types import Geometry, IndexKind, LayerPools, Reduce, SparseBatch
+from sentencekv_vllm.ops.quantize_query import CODE_LEVELS
+from sentencekv_vllm.types import Basis, Geometry, IndexKind, LayerPools, Reduce, SparseBatch
 
 UNWRITTEN = -7
 
@@ -25,11 +25,10 @@ class Row:
 
     tokens: int = 577
     budget: int | None = 4
-    kind: IndexKind = IndexKind.TOKEN_BITS
+    kind: IndexKind = IndexKind.TOKEN_CODES
     reduce: Reduce = Reduce.SOFTMAX_MEAN
-    retention: float = 5.0
+    retention: float = 5.0  # added to a score; what multiplies a block's under TOKEN_CODES
     sentences: int = 63
-    score_channels: float = 1.0  # share of the token index that is read
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     working_set: int = 12  # blocks, more where a budget asks for it
     seed: int = 0
-    index_dim: int | None = None  # rotated channels that are kept; None: all
+    channels: int | None = None  # that have a code; None: half of them
+    bits: int = 2  # of a code; 1: in the fixed basis, all channels
     host: str = "auto"  # host_kv_dtype
     spread: bool = False  # blocks of the cache lie further apart than they are large
 
@@ -56,7 +56,6 @@ class Layer:
     geometry: Geometry
     pools: LayerPools
     batch: SparseBatch
-    rotation: Tensor
     key_offset: Tensor
 
     def outputs(self) -> DecodeOutputs:
@@ -74,16 +73,39 @@ class Layer:
         return replace(self.batch, step=step)
 
     def query(self, seed: int) -> Tensor:
-        """[S, H * G, D]; no rotated channel lies where two orders of summation round apart."""
+        """[S, H * G, D]; no mapped channel lies where two orders of summation round apart."""
         generator = torch.Generator().manual_seed(seed)
         s, heads = len(self.batch.num_pages), self.geometry.num_query_heads
         while True:
             query = torch.randn(s, heads, self.geometry.head_dim, generator=generator)
             query = (2 * query).to(self.pools.cache.dtype)
-            rotated = query.double() @ self.rotation.double()
-            level = rotated / (rotated.abs().amax(-1, keepdim=True) / 31)
-            if float((level - level.floor() - 0.5).abs().min()) > 1e-5:
+            if _is_far_from_ties(query, self.geometry, self.pools.basis):
                 return query
+
+
+def _is_far_from_ties(query: Tensor, geometry: Geometry, basis: Basis | None) -> bool:
+    assert basis is not None
+    heads, group = geometry.num_kv_heads, geometry.group_size
+    mapped = query.double().unflatten(1, (heads, group)) @ basis.query_map.double()
+    channels = geometry.code_width // basis.bits
+    for x, levels in ((mapped, 127), (mapped[..., :channels], CODE_LEVELS[basis.bits])):
+        level = x / (x.abs().amax(-1, keepdim=True) / levels)
+        if float((level - level.floor() - 0.5).abs().min()) < 1e-5:
+            return False
+    return True
+
+
+def random_basis(case: Case) -> Basis:
+    """A balanced basis of made-up moments for two bits, the fixed one for one."""
+    channels = case.channels or case.dim // 16 * 8
+    if case.bits == 1:
+        return plain_basis(case.heads, case.dim, case.dim)
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    shape = (2, case.heads, case.dim, case.dim)
+    factors = torch.randn(shape, dtype=torch.float64, generator=generator)
+    moments = factors @ factors.mT / case.dim
+    mean = torch.randn(case.heads, case.dim, dtype=torch.float64, generator=generator)
+    return balanced_basis(*moments, mean, channels)
 
 
 def copy_pools(pools: LayerPools) -> LayerPools:
@@ -116,7 +138,9 @@ def make_pools(case: Case, num_pages: int, num_blocks: int, rows_per_page: int) 
     cache = torch.full((num_blocks, h * n * 2 * d + gap * 16), nan, dtype=case.dtype)
     cache = cache[:, : h * n * 2 * d].unflatten(1, (h, n, 2 * d))
     generator = torch.Generator().manual_seed(case.seed)
-    shape = (num_pages, h, (case.index_dim or d) // 8, n)
+    basis = random_basis(case)
+    width = d if case.bits == 1 else 2 * (case.channels or d // 16 * 8)
+    shape = (num_pages, h, width // 8, n)
     form = host_format(case.host, n, d, case.dtype.itemsize)
     host = torch.full((num_pages, h, n, 2 * d), nan, dtype=case.dtype)
     if form is not None:
@@ -124,7 +148,11 @@ def make_pools(case: Case, num_pages: int, num_blocks: int, rows_per_page: int) 
     return LayerPools(
         cache=cache,
         host=host,
-        bits=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
+        codes=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
+        means=torch.full((num_pages, h, d), 99, dtype=torch.int8),
+        mean_scales=torch.full((num_pages, h), nan),
+        page_kept=torch.full((num_pages, h), 1, dtype=torch.uint8),
+        basis=basis,
         scales=torch.full((num_pages, h, n), nan, dtype=torch.bfloat16),
         centroids=torch.full((num_pages * rows_per_page, h, d), nan, dtype=torch.bfloat16),
         kept=torch.full((num_pages * rows_per_page, h), 1, dtype=torch.uint8),
@@ -172,7 +200,6 @@ def build(case: Case) -> Layer:
     rows = torch.full((count, max(row_pages) + 1), 2**30, dtype=torch.int32)
     padded_ends = torch.full((count, max(map(len, ends)) + 1), 2**30, dtype=torch.int32)
     private = torch.empty((count, working_set), dtype=torch.int32)
-    turn = rotation(d, case.index_dim)
     for s, (blocks, taken) in enumerate(zip(context, row_pages, strict=True)):
         pages[s, :blocks], page_ids = page_ids[:blocks], page_ids[blocks:]
         rows[s, :taken], page_ids = page_ids[:taken], page_ids[taken:]
@@ -181,7 +208,7 @@ def build(case: Case) -> Layer:
         private[s], block_ids = block_ids[:working_set], block_ids[working_set:]
         shape = (blocks, case.heads, n, 2 * d)
         pools.cache[source.long()] = torch.randn(shape, generator=generator).to(case.dtype)
-        index_pages(pools, source, pages[s, :blocks], key_offset, turn)
+        index_pages(pools, source, pages[s, :blocks], key_offset)
         starts = torch.cat((torch.zeros(1, dtype=torch.int32), ends[s][:-1]))
         width = int(((ends[s] - 1) // n - starts // n).max()) + 1
         columns = (starts // n)[:, None] + torch.arange(width)
@@ -206,14 +233,12 @@ def build(case: Case) -> Layer:
         index_kind=torch.tensor([row.kind for row in case.rows], dtype=torch.int32),
         reduce=torch.tensor([row.reduce for row in case.rows], dtype=torch.int32),
         retention=torch.tensor([row.retention for row in case.rows], dtype=torch.float32),
-        byte_rows=torch.tensor(
-            [math.ceil(row.score_channels * turn.shape[1] / 8) for row in case.rows],
-            dtype=torch.int32,
-        ),
         seed=torch.arange(count, dtype=torch.int32) * 77 - 5,
         step=0,
     )
+    assert pools.codes is not None
+    width = 8 * pools.codes.shape[2]
     geometry = Geometry(
-        1, case.heads, case.group, d, n, rows_per_page, d**-0.5, index_channels=case.index_dim
+        1, case.heads, case.group, d, n, rows_per_page, d**-0.5, code_width=width
     )
-    return Layer(geometry, pools, batch, turn, key_offset)
+    return Layer(geometry, pools, batch, key_offset)
