@@ -13,24 +13,31 @@ from .locate_sentences import GRANULE
 from .ordered import LOWEST
 
 CHUNK_TOKENS = 1024  # tokens that one program scores
-MAX_BLOCKS = 8192  # of a request: the selection holds a key for each in registers
+MAX_BLOCKS = 32768  # of a request
 
 
 @dataclass(frozen=True)
 class Workspace:
     """Buffers for the largest batch, shared by all layers of a worker.
 
-    S requests, H KV heads, G query heads a KV head, E index_dim, I sentences, K selected
-    blocks. Only `best` carries a state from call to call: LOWEST everywhere.
+    S requests, H KV heads, G query heads a KV head, D head_dim, W code_width, B blocks of the
+    longest request, I sentences, K selected blocks. Only `best` carries a state from call to call:
+    LOWEST everywhere. What the server's policies do not need has no elements: levels, tops and sums
+    where W is 0, `best` where rows hold no vector.
     """
 
     first: Tensor  # [S, C + 1] int32: sentence that holds token c * GRANULE
-    levels: Tensor  # [S, H * G, E] int8
+    levels: Tensor  # [S, H * G, W] int8: as in ops.quantize_query, and the three below
     steps: Tensor  # [S, H * G] float32
-    best: Tensor  # [S, H, I, G] int32: largest logit so far, ordered code
-    partial: Tensor  # [S, H, chunks, 2, G] float32: maximum and sum of the resident logits
+    mean_levels: Tensor  # [S, H * G, D] int8
+    mean_steps: Tensor  # [S, H * G] float32
+    tops: Tensor  # [S, H, G, B] int32: as in ops.score_blocks, up to num_pages
+    sums: Tensor  # [S, H, G, B] int32
+    best: Tensor  # [S, H, I, G] int32: a sentence's largest logit so far, ordered code
     scores: Tensor  # [S, H, I] float32
-    mass: Tensor  # [S, H, I + 1] float32
+    mass: Tensor  # [S, H, I] float32
+    keys: Tensor  # [S, H, B] int32: of the history's blocks; those of the largest are selected
+    shares: Tensor  # [S, H, B] int32: probabilities of blocks
     blocks: Tensor  # [S, H, K] int32
     coverage: Tensor  # [S, H] float32
     slots: Tensor  # [S, H, K] int32
@@ -69,20 +76,27 @@ class Workspace:
                 f"{tokens // n}; set the block size to {-(-tokens // MAX_BLOCKS // 16) * 16}"
             )
         s, h, g = max_requests, geometry.num_kv_heads, geometry.group_size
-        tokens = max_pages * n
+        width = geometry.code_width
+        coded_pages = max_pages if width else 0
+        summarised = max_sentences if geometry.vectors_per_row else 0
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        i32, f32 = torch.int32, torch.float32
+        i8, i32, f32 = torch.int8, torch.int32, torch.float32
         return Workspace(
-            first=empty(s, tokens // GRANULE + 1, dtype=i32),
-            levels=empty(s, h * g, geometry.index_dim, dtype=torch.int8),
+            first=empty(s, max_pages * n // GRANULE + 1, dtype=i32),
+            levels=empty(s, h * g, width, dtype=i8),
             steps=empty(s, h * g, dtype=f32),
-            best=empty(s, h, max_sentences, g, dtype=i32).fill_(LOWEST),
-            partial=empty(s, h, -(-tokens // CHUNK_TOKENS), 2, g, dtype=f32),
+            mean_levels=empty(s, h * g, geometry.head_dim if width else 0, dtype=i8),
+            mean_steps=empty(s, h * g, dtype=f32),
+            tops=empty(s, h, g, coded_pages, dtype=i32),
+            sums=empty(s, h, g, coded_pages, dtype=i32),
+            best=empty(s, h, summarised, g, dtype=i32).fill_(LOWEST),
             scores=empty(s, h, max_sentences, dtype=f32),
-            mass=empty(s, h, max_sentences + 1, dtype=f32),
+            mass=empty(s, h, max_sentences, dtype=f32),
+            keys=empty(s, h, max_pages, dtype=i32),
+            shares=empty(s, h, coded_pages, dtype=i32),
             blocks=empty(s, h, max_selected, dtype=i32),
             coverage=empty(s, h, dtype=f32),
             slots=empty(s, h, max_selected, dtype=i32),
