@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the C entry points take: raw pointers and sizes, as ops/cpu_args.py lays them out.
-// Letters: P pages, B blocks, H KV heads, N tokens a block, D head_dim, E index_dim, S requests.
+// Letters: P pages, B blocks, H KV heads, N tokens a block, D head_dim, W code_width, S requests.
 #pragma once
 
 #include <cstdint>
@@ -10,22 +10,28 @@ namespace sentencekv::cpu {
 enum class Dtype : int64_t { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 enum class HostDtype : int64_t { kCopy = 0, kInt8 = 1, kInt4 = 2, kFp8 = 3 };
 enum class IndexKind : int32_t {
-  kTokenBits = 0,
+  kTokenCodes = 0,
   kCentroid = 1,
   kRandom = 2,
   kBounds = 3,
   kMeanStd = 4
 };
 enum class Reduce : int32_t { kSoftmaxMean = 0, kMax = 1, kMean = 2 };
-enum class Status : int32_t { kOk = 0, kUntouchedBlock = 1, kWorkingSetTooSmall = 2, kNoSpreads = 3 };
+enum class Status : int32_t { kOk = 0, kUntouchedBlock = 1, kWorkingSetTooSmall = 2, kNoIndex = 3 };
 
 // types.LayerPools. Blocks and pages may be further apart than their heads fill.
 struct Pools {
   uint8_t* cache;
   uint8_t* host;
-  uint8_t* bits;
+  uint8_t* codes;        // this one and what belongs to codes: null where none are kept
   uint16_t* scales;
-  uint16_t* centroids;
+  int8_t* means;
+  float* mean_scales;
+  uint8_t* page_kept;
+  const float* key_map;  // [H, D, D]
+  const float* query_map;
+  const float* center;   // [H, D]
+  uint16_t* centroids;   // this one and `kept`: null where rows hold no vector
   uint8_t* kept;
   int32_t* page_slot;
   int32_t* slot_page;
@@ -36,14 +42,21 @@ struct Pools {
   int64_t heads;
   int64_t block_size;
   int64_t head_dim;
-  int64_t index_dim;  // rotated channels that `bits` keeps
+  int64_t code_width;  // sign planes of a token
+  int64_t code_bits;   // of a channel
   Dtype dtype;
   HostDtype host_dtype;
   int64_t group_size;        // elements that share a step; 0 for kCopy
   int64_t host_head_bytes;   // of a head-block of `host`
 
-  bool has_vectors(IndexKind kind) const {
-    return spreads || (kind != IndexKind::kBounds && kind != IndexKind::kMeanStd);
+  // Whether the pools have what an index of this kind is.
+  bool has(IndexKind kind) const {
+    switch (kind) {
+      case IndexKind::kTokenCodes: return codes;
+      case IndexKind::kCentroid: return centroids;
+      case IndexKind::kRandom: return true;
+      default: return spreads;
+    }
   }
   int64_t head_block_numel() const { return 2 * block_size * head_dim; }
   int64_t head_block_bytes() const {
@@ -72,7 +85,6 @@ struct Batch {
   const int32_t* reduce;
   const float* retention;
   const int32_t* seed;
-  const int32_t* byte_rows;
   int64_t pages_pitch;  // elements from a row to the next
   int64_t row_pages_pitch;
   int64_t sentences_pitch;
@@ -82,20 +94,13 @@ struct Batch {
   int64_t step;
 };
 
-// The rotation of keys and queries: a matrix, and its row signs if its columns are the first of
-// a Hadamard matrix.
-struct Rotation {
-  const float* matrix;  // [D, E]
-  const float* signs;   // [D] +-1 / sqrt(D), or null
-};
-
 // What decode needs to know of the model.
 struct Attention {
-  Rotation rotation;
   Dtype query_dtype;
   int64_t group_size;  // query heads per KV head
   int64_t rows_per_page;
   float scale;
+  float unit;  // of ops/score_blocks.py: logits of the scale in 1/16 of an octave
 };
 
 // types.Selection of the layer that ranked last, for the layers that share it.
@@ -134,7 +139,6 @@ struct Request {
   Reduce reduce;
   float retention;
   uint32_t seed;
-  int64_t byte_rows;  // of the token index, to be read
   int32_t step;
 
   Request(const Batch& batch, int64_t s, int64_t rows_per_page)
@@ -153,7 +157,6 @@ struct Request {
         reduce(static_cast<Reduce>(batch.reduce[s])),
         retention(batch.retention[s]),
         seed(static_cast<uint32_t>(batch.seed[s])),
-        byte_rows(batch.byte_rows[s]),
         step(static_cast<int32_t>(batch.step)) {}
 
   bool takes_everything() const { return budget == history_hi - history_lo; }

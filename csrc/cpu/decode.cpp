@@ -3,7 +3,9 @@
 #include <chrono>
 
 #include "args.hpp"
+#include "block_masses.hpp"
 #include "parallel.hpp"
+#include "rank_blocks.hpp"
 #include "residency.hpp"
 #include "scratch.hpp"
 #include "select.hpp"
@@ -101,12 +103,21 @@ extern "C" int32_t sentencekv_cpu_decode_layer(const Pools* pools, const Batch* 
       select_everything(request, blocks, coverage);
       return Status::kOk;
     }
-    if (!pools->has_vectors(request.kind)) return Status::kNoSpreads;
-    const int64_t head = pair % heads;
-    const Scored scored =
-        score(isa, *attention, *pools, request, head, query + pair * query_bytes, scratch);
+    if (!pools->has(request.kind)) return Status::kNoIndex;
+    const int64_t head = pair % heads, group = attention->group_size;
+    const uint8_t* queries = query + pair * query_bytes;
+    if (request.kind == IndexKind::kTokenCodes) {
+      with_elements(attention->query_dtype, queries, [&](const auto* elements) {
+        scratch.query.fill(*pools, head, group, elements);
+      });
+      block_masses(isa, *pools, *attention, request, head, scratch);
+      scored_ns = now_ns();
+      rank_blocks(*pools, request, head, group, scratch, blocks, coverage);
+      return Status::kOk;
+    }
+    const Touched touched = score(*attention, *pools, request, head, queries, scratch);
     scored_ns = now_ns();
-    return select(*pools, request, head, scored, scratch, blocks, coverage);
+    return select(*pools, request, head, touched, scratch, blocks, coverage);
   };
   return decode(*pools, *batch, attention->rows_per_page, *selected, *out, rank);
 }

@@ -8,74 +8,102 @@
 #include "buffer.hpp"
 #include "element.hpp"
 #include "parallel.hpp"
+#include "quantize.hpp"
 #include "quantize_pages.hpp"
-#include "rotate.hpp"
 
 namespace sentencekv::cpu {
 namespace {
 
-// squares[t] = |key t|^2 of keys [D, N].
-void square_norms(const float* keys, int64_t dim, int64_t n, float* squares) {
-  for (int64_t t = 0; t < n; t += kLanes) {
+// Takes the mean of mapped keys z [D, N] on its grid from them; writes it and its scale.
+void subtract_mean(float* z, int64_t dim, int64_t n, int8_t* mean, float* scale, float* sums) {
+  float largest = 0;
+  bool numbers = true;
+  for (int64_t d = 0; d < dim; ++d) {
     Floats sum{};
-    for (int64_t d = 0; d < dim; ++d) {
-      const Floats x = load_floats(keys + d * n + t);
-      sum += x * x;
-    }
-    store_floats(squares + t, sum);
+    for (int64_t t = 0; t < n; t += kLanes) sum += load_floats(z + d * n + t);
+    sums[d] = lane_sum(sum) / static_cast<float>(n);
+    numbers &= sums[d] == sums[d];
+    largest = std::max(largest, std::fabs(sums[d]));
+  }
+  *scale = largest / kMeanLevels;
+  if (!numbers || !(*scale < kScaleLimit)) *scale = 0;
+  const float inverse = *scale > 0 ? 1 / *scale : 0.0f;
+  for (int64_t d = 0; d < dim; ++d) {
+    mean[d] = static_cast<int8_t>(inverse > 0 ? std::nearbyint(sums[d] * inverse) : 0.0f);
+    const float offset = static_cast<float>(mean[d]) * *scale;
+    for (int64_t t = 0; t < n; t += kLanes)
+      store_floats(z + d * n + t, load_floats(z + d * n + t) - offset);
   }
 }
 
-// rotated [E, N], squares [N] -> bits [E / 8, N] and scales [N].
-void pack(const float* rotated, const float* squares, int64_t dim, int64_t n, uint8_t* bits,
-          uint16_t* scales) {
-  for (int64_t i = 0; i < dim / 8; ++i)
-    for (int64_t t = 0; t < n; ++t) {
-      uint32_t byte = 0;
-      for (int64_t j = 0; j < 8; ++j)
-        byte |= static_cast<uint32_t>(rotated[(8 * i + j) * n + t] >= 0) << j;
-      bits[i * n + t] = static_cast<uint8_t>(byte);
-    }
+// x [C, N] -> planes [bits * C / 8, N] and scales [N]; outer [C, N] is scratch memory.
+void pack(const float* x, int64_t channels, int64_t bits, int64_t n, uint8_t* planes,
+          uint16_t* scales, uint8_t* outer) {
   for (int64_t t = 0; t < n; t += kLanes) {
-    Floats l1{};
-    for (int64_t d = 0; d < dim; ++d) {
-      const Floats x = load_floats(rotated + d * n + t);
-      l1 += x < 0 ? -x : x;
+    Floats square{}, product{};
+    for (int64_t c = 0; c < channels; ++c) {
+      const Floats v = load_floats(x + c * n + t);
+      square += v * v;
+      product += v < 0 ? -v : v;
     }
-    for (int64_t k = 0; k < kLanes; ++k)
-      scales[t + k] = to_bfloat16(l1[k] > 0 ? squares[t + k] / l1[k] : 0.0f);
+    if (bits == 2)
+      for (int64_t c = 0; c < channels; ++c) {
+        const Floats v = load_floats(x + c * n + t), magnitude = v < 0 ? -v : v;
+        const auto wide = v * v * static_cast<float>(channels) >= square;
+        product += wide ? 2 * magnitude : Floats{};
+        for (int64_t k = 0; k < kLanes; ++k) outer[c * n + t + k] = wide[k] != 0;
+      }
+    for (int64_t k = 0; k < kLanes; ++k) {
+      const float scale = product[k] > 0 ? square[k] / product[k] : 0.0f;
+      scales[t + k] = to_bfloat16(scale < kScaleLimit ? scale : 0.0f);
+    }
   }
+  for (int64_t i = 0; i < channels / 8; ++i)
+    for (int64_t t = 0; t < n; ++t) {
+      uint32_t sign = 0, second = 0;
+      for (int64_t j = 0; j < 8; ++j) {
+        const int64_t at = (8 * i + j) * n + t;
+        const uint32_t negative = x[at] < 0;
+        sign |= (negative ^ 1) << j;
+        if (bits == 2) second |= (negative ^ outer[at]) << j;
+      }
+      planes[i * n + t] = static_cast<uint8_t>(sign);
+      if (bits == 2) planes[(channels / 8 + i) * n + t] = static_cast<uint8_t>(second);
+    }
 }
 
 }  // namespace
 
-extern "C" int32_t sentencekv_cpu_hadamard_signs(const float* matrix, int64_t dim,
-                                                int64_t index_dim, float* signs) {
-  return hadamard_signs(matrix, dim, index_dim, signs);
-}
-
 // key_offset: [D, N], element (d, t) of K, channels first.
-extern "C" void sentencekv_cpu_index_pages(const Pools* pools, const Rotation* rotation,
-                                           const int32_t* block_ids, const int32_t* page_ids,
-                                           int64_t count, const int32_t* key_offset) {
+extern "C" void sentencekv_cpu_index_pages(const Pools* pools, const int32_t* block_ids,
+                                           const int32_t* page_ids, int64_t count,
+                                           const int32_t* key_offset) {
   const int64_t heads = pools->heads, n = pools->block_size, dim = pools->head_dim;
-  const int64_t index_dim = pools->index_dim;
+  const int64_t bits = pools->code_bits, width = pools->code_width;
   parallel_for(count * heads, [&](int64_t pair) {
-    static thread_local Buffer<float> keys, rotated, norms;
+    static thread_local Buffer<float> keys, mapped, sums;
+    static thread_local Buffer<uint8_t> outer;
     const int64_t page = page_ids[pair / heads], head = pair % heads;
-    const uint8_t* block = pools->cache_head(block_ids[pair / heads], head);
+    const int64_t head_page = page * heads + head;
     store_page(*pools, block_ids[pair / heads], page, head);
+    pools->page_slot[head_page] = -1;
+    if (!pools->codes) return;
+    pools->page_kept[head_page] = 0;
+    const uint8_t* block = pools->cache_head(block_ids[pair / heads], head);
     float* x = keys.reserve(dim * n);
     with_elements(pools->dtype, block, [&](const auto* elements) {
       for (int64_t i = 0; i < dim * n; ++i) x[i] = elements[key_offset[i]];
     });
-    float* squares = norms.reserve(n);
-    square_norms(x, dim, n, squares);  // before the rotation, which may be in place
-    const float* y = rotate(*rotation, dim, index_dim, n, x, rotated.reserve(index_dim * n));
-    const int64_t head_page = page * heads + head;
-    pack(y, squares, index_dim, n, pools->bits + head_page * (index_dim / 8) * n,
-         pools->scales + head_page * n);
-    pools->page_slot[head_page] = -1;
+    float* z = mapped.reserve(dim * n);
+    apply_map(pools->key_map + head * dim * dim, dim, n, x, z);
+    const float* center = pools->center + head * dim;
+    for (int64_t d = 0; d < dim; ++d)
+      for (int64_t t = 0; t < n; t += kLanes)
+        store_floats(z + d * n + t, load_floats(z + d * n + t) - center[d]);
+    subtract_mean(z, dim, n, pools->means + head_page * dim, pools->mean_scales + head_page,
+                  sums.reserve(dim));
+    pack(z, width / bits, bits, n, pools->codes + head_page * (width / 8) * n,
+         pools->scales + head_page * n, outer.reserve(dim * n));
   });
 }
 
@@ -84,7 +112,8 @@ extern "C" int32_t sentencekv_cpu_index_sentences(const Pools* pools, const int3
                                                   const int32_t* spans, const int32_t* span_blocks,
                                                   int64_t count, int64_t max_span_blocks,
                                                   const int32_t* key_offset, IndexKind kind) {
-  if (!pools->has_vectors(kind)) return static_cast<int32_t>(Status::kNoSpreads);
+  const bool two = kind == IndexKind::kBounds || kind == IndexKind::kMeanStd;
+  if (!pools->centroids || (two && !pools->spreads)) return static_cast<int32_t>(Status::kNoIndex);
   const int64_t heads = pools->heads, n = pools->block_size, dim = pools->head_dim;
   parallel_for(count * heads, [&](int64_t pair) {
     static thread_local Buffer<float> buffer;
@@ -120,7 +149,7 @@ extern "C" int32_t sentencekv_cpu_index_sentences(const Pools* pools, const int3
     }
     const int64_t row = static_cast<int64_t>(rows[i]) * heads + head;
     for (int64_t d = 0; d < dim; ++d) pools->centroids[row * dim + d] = to_bfloat16(centroid[d]);
-    if (kind == IndexKind::kBounds || kind == IndexKind::kMeanStd)
+    if (two)
       for (int64_t d = 0; d < dim; ++d) pools->spreads[row * dim + d] = to_bfloat16(spread[d]);
     pools->kept[row] = 0;
   });

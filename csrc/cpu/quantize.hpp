@@ -1,43 +1,73 @@
 // SPDX-License-Identifier: Apache-2.0
-// Queries of one KV head: as floats, and rotated on the 6-bit grid of ops/quantize_query.py.
+// Queries of one KV head, mapped and on the integer grids of ops/quantize_query.py.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
+#include "apply_map.hpp"
+#include "args.hpp"
 #include "buffer.hpp"
 #include "element.hpp"
-#include "rotate.hpp"
 
 namespace sentencekv::cpu {
 
-constexpr float kQueryLevels = 31;
+constexpr float kScaleLimit = 1099511627776.0f;  // 2^40, see ops/pack_keys.py
+constexpr float kMeanLevels = 127;
 
 struct QuantizedQuery {
-  Buffer<float> columns, rotated;  // [D, width], [E, width]
-  Buffer<int8_t> levels;           // [G, E]
-  Buffer<float> steps;             // [G]
+  Buffer<float> columns, mapped;       // [D, width]
+  Buffer<int8_t> levels, mean_levels;  // [G, W], [G, D]
+  Buffer<float> steps, mean_steps;     // [G]
 
   template <class Element>
-  void fill(const Rotation& rotation, int64_t dim, int64_t index_dim, int64_t group,
-            const Element* query) {
-    const int64_t width = (group + kLanes - 1) / kLanes * kLanes;
+  void fill(const Pools& pools, int64_t head, int64_t group, const Element* query) {
+    const int64_t dim = pools.head_dim, planes = pools.code_width, bits = pools.code_bits;
+    const int64_t width = (group + kLanes - 1) / kLanes * kLanes, channels = planes / bits;
     float* x = columns.reserve(dim * width);
     for (int64_t d = 0; d < dim; ++d)
       for (int64_t g = 0; g < width; ++g)
         x[d * width + g] = g < group ? static_cast<float>(query[g * dim + d]) : 0.0f;
-    const float* y = rotate(rotation, dim, index_dim, width, x, rotated.reserve(index_dim * width));
-    int8_t* level = levels.reserve(group * index_dim);
-    float* step = steps.reserve(group);
+    float* y = mapped.reserve(dim * width);
+    apply_map(pools.query_map + head * dim * dim, dim, width, x, y);
+    levels.reserve(group * planes);
+    mean_levels.reserve(group * dim);
+    steps.reserve(group);
+    mean_steps.reserve(group);
     for (int64_t g = 0; g < group; ++g) {
-      float largest = 0;
-      for (int64_t d = 0; d < index_dim; ++d)
-        largest = std::max(largest, std::fabs(y[d * width + g]));
-      step[g] = largest / kQueryLevels;
-      const float inverse = step[g] > 0 ? 1 / step[g] : 0.0f;
-      for (int64_t d = 0; d < index_dim; ++d)
-        level[g * index_dim + d] = static_cast<int8_t>(std::nearbyint(y[d * width + g] * inverse));
+      int8_t* level = levels.data() + g * planes;
+      steps.data()[g] = round(y + g, channels, width, bits == 2 ? 15.0f : 31.0f, level);
+      if (bits == 2)
+        for (int64_t c = 0; c < channels; ++c) {
+          level[channels + c] = level[c];
+          level[c] = static_cast<int8_t>(2 * level[c]);
+        }
+      mean_steps.data()[g] =
+          round(y + g, dim, width, kMeanLevels, mean_levels.data() + g * dim);
     }
+  }
+
+ private:
+  // Every `stride`-th of x, on a grid of 2 * limit + 1 levels; returns its step.
+  static float round(const float* x, int64_t count, int64_t stride, float limit, int8_t* out) {
+    float largest = 0;
+    bool numbers = true;
+    for (int64_t c = 0; c < count; ++c) {
+      const float magnitude = std::fabs(x[c * stride]);
+      numbers &= magnitude == magnitude;
+      largest = std::max(largest, magnitude);
+    }
+    const float step = largest / limit;
+    if (!numbers || !(step < kScaleLimit) || !(step > 0)) {
+      std::fill(out, out + count, static_cast<int8_t>(0));
+      return 0;
+    }
+    const float inverse = 1 / step;
+    for (int64_t c = 0; c < count; ++c)
+      out[c] = static_cast<int8_t>(
+          std::clamp(std::nearbyint(x[c * stride] * inverse), -limit, limit));
+    return step;
   }
 };
 

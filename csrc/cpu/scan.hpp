@@ -27,7 +27,6 @@ struct PageLayout {
   int64_t rows_per_vector;
   int64_t vector_stride;  // bytes
   int64_t last_bytes;     // of the last vector that belong to the page
-  const int64_t* offsets = nullptr;  // bytes to the rows that are scanned; null: all of them
 
   template <class Simd>
   static PageLayout of(int64_t dim, int64_t block_size) {
@@ -83,7 +82,7 @@ struct ScanTables {
 };
 
 // out[g][p][t] of `Stripes` stripes for `Heads` query heads.
-template <class Simd, int Heads, int Stripes, bool Chosen>
+template <class Simd, int Heads, int Stripes>
 inline void scan_stripes(const PageLayout& layout, const uint8_t* const* stripes,
                          const uint8_t* table, const int* bias, int16_t* out, int64_t out_stride) {
   using Bytes = typename Simd::Bytes;
@@ -115,15 +114,6 @@ inline void scan_stripes(const PageLayout& layout, const uint8_t* const* stripes
                     Simd::even_sums(sums[g][p], odd[g][p]), odd[g][p], bias[g]);
   };
   Bytes row[Stripes];
-  if constexpr (Chosen) {
-    for (int64_t first = 0; first < layout.rows; first += layout.rows_per_vector) {
-      const int64_t count = std::min(layout.rows_per_vector, layout.rows - first);
-      for (int p = 0; p < Stripes; ++p)
-        row[p] = Simd::load_rows(stripes[p], layout.offsets + first, count, layout.stripe_tokens);
-      step(row);
-    }
-    return finish();
-  }
   const int64_t last = (layout.vectors - 1) * layout.vector_stride;
   for (int64_t offset = 0; offset < last; offset += layout.vector_stride) {
     for (int p = 0; p < Stripes; ++p) row[p] = Simd::load(stripes[p] + offset);
@@ -134,37 +124,28 @@ inline void scan_stripes(const PageLayout& layout, const uint8_t* const* stripes
   finish();
 }
 
-template <class Simd, int Heads, bool Chosen>
+template <class Simd, int Heads>
 void scan_all(const PageLayout& layout, const uint8_t* const* stripes, int64_t count,
               const uint8_t* table, const int* bias, int16_t* out, int64_t out_stride) {
   int64_t i = 0;
   for (; i + Simd::kStripes <= count; i += Simd::kStripes)
-    scan_stripes<Simd, Heads, Simd::kStripes, Chosen>(
+    scan_stripes<Simd, Heads, Simd::kStripes>(
         layout, stripes + i, table, bias, out + i * layout.stripe_tokens, out_stride);
   for (; i < count; ++i)
-    scan_stripes<Simd, Heads, 1, Chosen>(layout, stripes + i, table, bias,
+    scan_stripes<Simd, Heads, 1>(layout, stripes + i, table, bias,
                                          out + i * layout.stripe_tokens, out_stride);
-}
-
-template <class Simd, bool Chosen>
-void scan_heads(const PageLayout& layout, const uint8_t* const* stripes, int64_t count, int heads,
-          const uint8_t* table, const int* bias, int16_t* out, int64_t out_stride) {
-  switch (heads) {
-    case 1: return scan_all<Simd, 1, Chosen>(layout, stripes, count, table, bias, out, out_stride);
-    case 2: return scan_all<Simd, 2, Chosen>(layout, stripes, count, table, bias, out, out_stride);
-    case 3: return scan_all<Simd, 3, Chosen>(layout, stripes, count, table, bias, out, out_stride);
-    default: return scan_all<Simd, 4, Chosen>(layout, stripes, count, table, bias, out, out_stride);
-  }
 }
 
 // Dot products of `heads` <= 4 query heads with the tokens of consecutive stripes.
 template <class Simd>
 void scan(const PageLayout& layout, const uint8_t* const* stripes, int64_t count, int heads,
           const uint8_t* table, const int* bias, int16_t* out, int64_t out_stride) {
-  return layout.offsets
-             ? scan_heads<Simd, true>(layout, stripes, count, heads, table, bias, out, out_stride)
-             : scan_heads<Simd, false>(layout, stripes, count, heads, table, bias, out,
-                                       out_stride);
+  switch (heads) {
+    case 1: return scan_all<Simd, 1>(layout, stripes, count, table, bias, out, out_stride);
+    case 2: return scan_all<Simd, 2>(layout, stripes, count, table, bias, out, out_stride);
+    case 3: return scan_all<Simd, 3>(layout, stripes, count, table, bias, out, out_stride);
+    default: return scan_all<Simd, 4>(layout, stripes, count, table, bias, out, out_stride);
+  }
 }
 
 }  // namespace sentencekv::cpu

@@ -73,10 +73,6 @@ struct Portable {
     std::memcpy(&v, p, static_cast<std::size_t>(bytes));
     return v;
   }
-  // One row fills a vector.
-  static Bytes load_rows(const uint8_t* p, const int64_t* offsets, int64_t, int64_t) {
-    return load(p + offsets[0]);
-  }
   static Bytes low_nibbles(Bytes v) { return v & 15; }
   static Bytes high_nibbles(Bytes v) { return v >> 4; }
   static Bytes lookup(Bytes table, Bytes index) { return __builtin_shuffle(table, index); }
@@ -109,14 +105,6 @@ struct Avx2 {
     Bytes v = zero();
     std::memcpy(&v, p, static_cast<std::size_t>(bytes));
     return v;
-  }
-  // Rows of 16 bytes, two of which fill a vector, or of 32.
-  static Bytes load_rows(const uint8_t* p, const int64_t* offsets, int64_t count, int64_t width) {
-    if (width == kBytes) return load(p + offsets[0]);
-    auto row = [&](int64_t r) {
-      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + offsets[r]));
-    };
-    return _mm256_set_m128i(count > 1 ? row(1) : _mm_setzero_si128(), row(0));
   }
   static Bytes low_nibbles(Bytes v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
   static Bytes high_nibbles(Bytes v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
@@ -152,23 +140,6 @@ struct Avx512 {
   static Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static Bytes load(const uint8_t* p, int64_t bytes) {
     return _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - bytes), p);
-  }
-  // Rows of 16 or 32 bytes, as many as fill a vector, or of 64; lanes of no row are 0.
-  static Bytes load_rows(const uint8_t* p, const int64_t* offsets, int64_t count, int64_t width) {
-    if (width == kBytes) return load(p + offsets[0]);
-    if (width == kBytes / 2) {
-      auto row = [&](int64_t r) {
-        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + offsets[r]));
-      };
-      const Bytes first = _mm512_zextsi256_si512(row(0));
-      return count > 1 ? _mm512_inserti64x4(first, row(1), 1) : first;
-    }
-    auto row = [&](int64_t r) {
-      return r < count ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + offsets[r]))
-                       : _mm_setzero_si128();
-    };
-    const __m256i low = _mm256_set_m128i(row(1), row(0)), high = _mm256_set_m128i(row(3), row(2));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
   }
   static Bytes low_nibbles(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
   static Bytes high_nibbles(Bytes v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }

@@ -15,7 +15,7 @@
 namespace sentencekv::cpu {
 
 constexpr int64_t kPrefetchRows = 8;
-constexpr float kBarred = -1e30f;  // instead of NaN, the product with a barred sentence
+constexpr float kLimit = 1e30f;  // of a product; what is no number is below all others
 
 template <int Heads>
 inline void score_row(const uint16_t* row, const float* query, int64_t dim, float* best,
@@ -29,7 +29,7 @@ inline void score_row(const uint16_t* row, const float* query, int64_t dim, floa
   for (int g = 0; g < Heads; ++g) {
     float sum = lane_sum(sums[g]);
     for (int64_t k = d; k < dim; ++k) sum += Bfloat16{row[k]} * query[g * dim + k];
-    best[g * stride] = sum == sum ? sum : kBarred;
+    best[g * stride] = sum;
   }
 }
 
@@ -65,8 +65,14 @@ void score_summaries(const Pools& pools, IndexKind kind, int64_t head, int64_t g
   float* plain = scratch.plain_query.reserve(size);
   for (int64_t i = 0; i < size; ++i) plain[i] = query[i];
   float* best = scratch.best.reserve(products);
-  if (kind == IndexKind::kCentroid)
-    return score_vectors(pools, pools.centroids, head, group, touched, rows, plain, best);
+  auto within_limits = [&] {
+    for (int64_t i = 0; i < products; ++i)
+      best[i] = best[i] == best[i] ? std::clamp(best[i], -kLimit, kLimit) : -kLimit;
+  };
+  if (kind == IndexKind::kCentroid) {
+    score_vectors(pools, pools.centroids, head, group, touched, rows, plain, best);
+    return within_limits();
+  }
   float* spread_query = scratch.spread_query.reserve(size);
   for (int64_t i = 0; i < size; ++i) {
     spread_query[i] = bounds ? std::max(plain[i], 0.0f) : plain[i] * plain[i];
@@ -77,6 +83,7 @@ void score_summaries(const Pools& pools, IndexKind kind, int64_t head, int64_t g
   score_vectors(pools, pools.spreads, head, group, touched, rows, spread_query, spread);
   for (int64_t i = 0; i < products; ++i)
     best[i] += bounds ? spread[i] : kStdFactor * std::sqrt(spread[i]);
+  within_limits();
 }
 
 }  // namespace sentencekv::cpu

@@ -10,6 +10,8 @@ queries. In that basis the residuals' spread falls steeply, so the first channel
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -34,20 +36,28 @@ def plain_basis(
     return Basis(matrix, matrix.clone(), torch.zeros(num_heads, head_dim, device=device), bits)
 
 
-def balanced_basis(residuals: Tensor, queries: Tensor, mean: Tensor, channels: int) -> Basis:
-    """The basis that makes the error of two-bit codes of the first `channels` channels small.
+@dataclass(frozen=True)
+class Axes:
+    """The balanced channels of a layer, widest first, before any is coded; on the CPU."""
+
+    keys: Tensor  # [H, D, D]: of `key @ keys`
+    queries: Tensor  # [H, D, D]: the counterpart, <query @ queries, key @ keys> = <query, key>
+    mean: Tensor  # [H, D]: of all keys, not mapped
+
+
+def balanced_axes(residuals: Tensor, queries: Tensor, mean: Tensor) -> Axes:
+    """The channels in which the error of codes is small.
 
     Args:
         residuals: [H, D, D] float64, second moments of keys less the mean of their block.
         queries: [H, D, D] float64, second moments of the queries of each KV head.
         mean: [H, D] float64, of all keys.
-        channels: C, that are coded.
 
     Returns:
-        float32 on the CPU, `bits` 2.
+        float64.
     """
-    keys, lookups, centers = [], [], []
-    for r, q, center in zip(residuals, queries, mean, strict=True):
+    keys, lookups = [], []
+    for r, q in zip(residuals, queries, strict=True):
         balance, inverse = _balance(_shrunk(r), _shrunk(q))
         spread, vectors = torch.linalg.eigh(balance @ r @ balance)
         del spread  # ascending; the widest channels come first
@@ -55,16 +65,43 @@ def balanced_basis(residuals: Tensor, queries: Tensor, mean: Tensor, channels: i
         # The sign of an eigenvector is free: the same on every machine by its largest element.
         largest = turned.gather(0, turned.abs().argmax(0, keepdim=True))
         turned = turned * largest.sign()
-        coded, rest = turned[:, :channels], turned[:, channels:]
-        parts = [coded @ rotation(channels).double()]
-        if rest.shape[1]:
-            parts.append(rest @ rotation(rest.shape[1]).double())
-        joint = torch.cat(parts, 1)
-        keys.append(balance @ joint)
-        lookups.append(inverse @ joint)
-        centers.append(center @ keys[-1])
-    stacked = (torch.stack(x).float() for x in (keys, lookups, centers))
-    return Basis(*stacked, bits=2)
+        keys.append(balance @ turned)
+        lookups.append(inverse @ turned)
+    return Axes(torch.stack(keys), torch.stack(lookups), mean)
+
+
+def coded_basis(axes: Axes, channels: int, bits: int, device: torch.device = CPU) -> Basis:
+    """The basis whose codes are of the first `channels` axes, each part rotated within itself.
+
+    Args:
+        channels: C, that are coded.
+        bits: of a code.
+
+    Returns:
+        float32 on the device; computed in float64 on the CPU.
+    """
+    head_dim = axes.keys.shape[-1]
+    joint = torch.zeros(head_dim, head_dim, dtype=torch.float64)
+    joint[:channels, :channels] = rotation(channels)
+    if channels < head_dim:
+        joint[channels:, channels:] = rotation(head_dim - channels)
+    key_map = axes.keys.double() @ joint
+    center = torch.einsum("hd,hde->he", axes.mean.double(), key_map)
+    parts = (key_map, axes.queries.double() @ joint, center)
+    return Basis(*(part.float().to(device) for part in parts), bits=bits)
+
+
+def balanced_basis(residuals: Tensor, queries: Tensor, mean: Tensor, channels: int) -> Basis:
+    """The basis that makes the error of two-bit codes of the first `channels` channels small.
+
+    Args:
+        residuals, queries, mean: as in `balanced_axes`.
+        channels: C, that are coded.
+
+    Returns:
+        float32 on the CPU, `bits` 2.
+    """
+    return coded_basis(balanced_axes(residuals, queries, mean), channels, bits=2)
 
 
 def _shrunk(moment: Tensor) -> Tensor:

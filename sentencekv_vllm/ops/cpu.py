@@ -24,15 +24,15 @@ FAILURES = {
     "touched by a sentence of `sentence_ends`",
     2: "the working set is smaller than one step's selection: give each request at least "
     "`budget_blocks` private blocks",
-    3: "the index kind has two vectors a row: allocate `spreads` (index_vectors of 2)",
+    3: "the pools have no index of this kind: keep codes (index_codes) or vectors (index_vectors)",
 }
 
 
 class CpuOps:
     """`LayerOps` in C++ (csrc/cpu), for tensors on the CPU.
 
-    Scores of TOKEN_BITS come from the same integers as the reference's; floats are summed in
-    another order. `stage_ns` is the time of all threads divided by their number.
+    What TOKEN_CODES selects comes from the same integers as the reference's, given the same levels
+    of the query; floats are summed in another order. `stage_ns` is the time of all threads divided by their number.
 
     The records are checked and turned into C structures once per object, so they must keep
     their tensors. Not for concurrent calls from several Python threads.
@@ -60,7 +60,7 @@ class CpuOps:
         ]
         self._index_pages = library.sentencekv_cpu_index_pages
         self._index_pages.argtypes = [
-            *[ctypes.c_void_p] * 4,
+            *[ctypes.c_void_p] * 3,
             ctypes.c_int64,
             ctypes.c_void_p,
         ]
@@ -71,19 +71,12 @@ class CpuOps:
             ctypes.c_void_p,
             ctypes.c_int32,
         ]
-        self._hadamard_signs = library.sentencekv_cpu_hadamard_signs
-        self._hadamard_signs.argtypes = [
-            ctypes.c_void_p,
-            *[ctypes.c_int64] * 2,
-            ctypes.c_void_p,
-        ]
         self._pools = _PerObject(args.bind_pools)
         self._batch = _PerObject(args.bind_batch)
         self._outputs = _PerObject(args.bind_outputs)
-        self._rotation = _PerObject(self._bind_rotation)
         self._channels_first = _PerObject(_channels_first)
         self._tokens_first = _PerObject(lambda layout: layout.keys.to(torch.int32))
-        self._attention: tuple[object, ...] = (None, None, None, None)
+        self._attention: tuple[object, ...] = (None, None, None)
         self._selected = args.make_selected(0, 0)
 
     def limit_isa(self, isa: int) -> int:
@@ -100,7 +93,6 @@ class CpuOps:
         block_ids: Tensor,
         page_ids: Tensor,
         key_offset: Tensor,
-        rotation: Tensor,
     ) -> None:
         bound = self._pools(pools)
         count, n, dim = len(block_ids), bound.block_size, bound.head_dim
@@ -109,7 +101,6 @@ class CpuOps:
         args.check("key_offset", key_offset, torch.int32, (n * dim,))
         self._index_pages(
             ctypes.byref(bound),
-            ctypes.byref(self._rotation(rotation, dim, bound.index_dim)),
             blocks,
             pages,
             count,
@@ -152,17 +143,12 @@ class CpuOps:
         pools: LayerPools,
         batch: SparseBatch,
         query: Tensor,
-        rotation: Tensor,
         out: DecodeOutputs,
     ) -> None:
         p, b, o = self._pools(pools), self._batch(batch), self._outputs(out)
         attention = self._attention
-        if (
-            attention[0] is not geometry
-            or attention[1] is not rotation
-            or attention[2] is not query.dtype
-        ):
-            attention = self._bind_attention(geometry, rotation, query.dtype)
+        if attention[0] is not geometry or attention[1] is not query.dtype:
+            attention = self._bind_attention(geometry, query.dtype)
         shape = (b.requests, p.heads * geometry.group_size, p.head_dim)
         if query.shape != shape or not query.is_contiguous():
             args.check("query", query, query.dtype, shape)
@@ -173,7 +159,7 @@ class CpuOps:
         status = self._decode_layer(
             ctypes.byref(p),
             ctypes.byref(b),
-            attention[3],
+            attention[2],
             ctypes.byref(self._selected),
             ctypes.byref(o),
             query.data_ptr(),
@@ -222,20 +208,9 @@ class CpuOps:
         pairs, max_blocks = self._selected.pairs, self._selected.max_blocks
         return bool(batch.requests * pools.heads <= pairs and batch.working_set == max_blocks)
 
-    def _bind_rotation(self, rotation: Tensor, dim: int, index_dim: int) -> args.Rotation:
-        matrix = args.check("rotation", rotation, torch.float32, (dim, index_dim))
-        signs = torch.empty(dim)
-        is_hadamard = self._hadamard_signs(matrix, dim, index_dim, signs.data_ptr())
-        bound = args.Rotation(matrix, signs.data_ptr() if is_hadamard else None)
-        bound.signs_tensor = signs
-        return bound
-
-    def _bind_attention(
-        self, geometry: Geometry, rotation: Tensor, dtype: torch.dtype
-    ) -> tuple[object, ...]:
+    def _bind_attention(self, geometry: Geometry, dtype: torch.dtype) -> tuple[object, ...]:
         bound = args.bind_attention(geometry, dtype)
-        bound.rotation = self._rotation(rotation, geometry.head_dim, geometry.index_dim)
-        self._attention = (geometry, rotation, dtype, ctypes.byref(bound))
+        self._attention = (geometry, dtype, ctypes.byref(bound))
         return self._attention
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..types import Geometry, LayerPools, SparseBatch
 from .layer_ops import DecodeOutputs
+from .score_blocks import unit_factor
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MAX_GROUP_SIZE = 64
-MAX_BYTE_ROWS = 64
+MAX_CODE_WIDTH = 512
 
 BATCH_VECTORS = (
     "num_pages",
@@ -26,7 +27,6 @@ BATCH_VECTORS = (
     "reduce",
     "retention",
     "seed",
-    "byte_rows",
 )
 # Tensors with a row per request, which may be part of wider ones, and the pitch of their rows.
 BATCH_ROWS = {
@@ -43,10 +43,13 @@ def _fields(ctype: type, *names: str) -> list[tuple[str, type]]:
 
 class Pools(ctypes.Structure):
     _fields_ = [
-        *_fields(ctypes.c_void_p, "cache", "host", "bits", "scales", "centroids", "kept"),
+        *_fields(ctypes.c_void_p, "cache", "host", "codes", "scales", "means", "mean_scales"),
+        *_fields(ctypes.c_void_p, "page_kept", "key_map", "query_map", "center"),
+        *_fields(ctypes.c_void_p, "centroids", "kept"),
         *_fields(ctypes.c_void_p, "page_slot", "slot_page", "slot_stamp", "spreads"),
         *_fields(ctypes.c_int64, "block_stride", "page_stride"),
-        *_fields(ctypes.c_int64, "heads", "block_size", "head_dim", "index_dim", "dtype"),
+        *_fields(ctypes.c_int64, "heads", "block_size", "head_dim", "code_width", "code_bits"),
+        *_fields(ctypes.c_int64, "dtype"),
         *_fields(ctypes.c_int64, "host_dtype", "group_size", "host_head_bytes"),
     ]
 
@@ -58,15 +61,10 @@ class Batch(ctypes.Structure):
     ]
 
 
-class Rotation(ctypes.Structure):
-    _fields_ = _fields(ctypes.c_void_p, "matrix", "signs")
-
-
 class Attention(ctypes.Structure):
     _fields_ = [
-        ("rotation", Rotation),
         *_fields(ctypes.c_int64, "query_dtype", "group_size", "rows_per_page"),
-        ("scale", ctypes.c_float),
+        *_fields(ctypes.c_float, "scale", "unit"),
     ]
 
 
@@ -110,10 +108,6 @@ def bind_pools(pools: LayerPools) -> Pools:
             f"the cache must be bf16, fp16 or fp32 with block_size a multiple of 16 and head_dim "
             f"one of 8: it is {dtype} with block_size {n} and head_dim {width // 2}"
         )
-    if pools.bits.shape[2] > MAX_BYTE_ROWS:
-        raise ValueError(
-            f"at most {8 * MAX_BYTE_ROWS} index channels, not {8 * pools.bits.shape[2]}"
-        )
     return Pools(
         cache=_head_major("cache", pools.cache, dtype, (blocks, heads, n, width)),
         host=_head_major("host", pools.host, dtype, (num_pages, heads, n, width))
@@ -121,22 +115,16 @@ def bind_pools(pools: LayerPools) -> Pools:
         else _head_major(
             "host", pools.host, torch.uint8, (num_pages, heads, form.head_block_bytes)
         ),
-        bits=check("bits", pools.bits, torch.uint8, (num_pages, heads, -1, n)),
-        scales=check("scales", pools.scales, torch.bfloat16, (num_pages, heads, n)),
-        centroids=check("centroids", pools.centroids, torch.bfloat16, (-1, heads, width // 2)),
-        kept=check("kept", pools.kept, torch.uint8, (-1, heads)),
+        **_codes(pools, num_pages, heads, n, width // 2),
+        **_rows(pools, heads, width // 2),
         page_slot=check("page_slot", pools.page_slot, torch.int32, (num_pages, heads)),
         slot_page=check("slot_page", pools.slot_page, torch.int32, (blocks, heads)),
         slot_stamp=check("slot_stamp", pools.slot_stamp, torch.int32, (blocks, heads)),
-        spreads=None
-        if pools.spreads is None
-        else check("spreads", pools.spreads, torch.bfloat16, tuple(pools.centroids.shape)),
         block_stride=pools.cache.stride(0) * pools.cache.element_size(),
         page_stride=pools.host.stride(0) * pools.host.element_size(),
         heads=heads,
         block_size=n,
         head_dim=width // 2,
-        index_dim=8 * pools.bits.shape[2],
         dtype=DTYPES[dtype],
         host_dtype=0 if form is None else form.dtype,
         group_size=0 if form is None else form.group_size,
@@ -144,6 +132,44 @@ def bind_pools(pools: LayerPools) -> Pools:
         if form is None
         else form.head_block_bytes,
     )
+
+
+def _codes(pools: LayerPools, pages: int, heads: int, n: int, dim: int) -> dict[str, int]:
+    if pools.codes is None:
+        return {}
+    width = 8 * pools.codes.shape[2]
+    if width > MAX_CODE_WIDTH:
+        raise ValueError(f"a token's code has at most {MAX_CODE_WIDTH} bits, not {width}")
+    basis = pools.basis
+    assert basis is not None and pools.scales is not None and pools.means is not None
+    assert pools.mean_scales is not None and pools.page_kept is not None
+    per_page = (pages, heads)
+    return {
+        "codes": check("codes", pools.codes, torch.uint8, (*per_page, width // 8, n)),
+        "scales": check("scales", pools.scales, torch.bfloat16, (*per_page, n)),
+        "means": check("means", pools.means, torch.int8, (*per_page, dim)),
+        "mean_scales": check("mean_scales", pools.mean_scales, torch.float32, per_page),
+        "page_kept": check("page_kept", pools.page_kept, torch.uint8, per_page),
+        "key_map": check("key_map", basis.key_map, torch.float32, (heads, dim, dim)),
+        "query_map": check("query_map", basis.query_map, torch.float32, (heads, dim, dim)),
+        "center": check("center", basis.center, torch.float32, (heads, dim)),
+        "code_width": width,
+        "code_bits": basis.bits,
+    }
+
+
+def _rows(pools: LayerPools, heads: int, dim: int) -> dict[str, int]:
+    if pools.centroids is None:
+        return {}
+    assert pools.kept is not None
+    rows = {
+        "centroids": check("centroids", pools.centroids, torch.bfloat16, (-1, heads, dim)),
+        "kept": check("kept", pools.kept, torch.uint8, (-1, heads)),
+    }
+    if pools.spreads is not None:
+        shape = tuple(pools.centroids.shape)
+        rows["spreads"] = check("spreads", pools.spreads, torch.bfloat16, shape)
+    return rows
 
 
 def _head_major(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> int:
@@ -182,7 +208,7 @@ def make_selected(pairs: int, max_blocks: int) -> Selected:
 
 
 def bind_attention(geometry: Geometry, dtype: torch.dtype) -> Attention:
-    """With no rotation yet, for queries of `dtype`.
+    """For queries of `dtype`.
 
     Raises:
         ValueError: the C++ code has no such queries.
@@ -197,6 +223,7 @@ def bind_attention(geometry: Geometry, dtype: torch.dtype) -> Attention:
         group_size=geometry.group_size,
         rows_per_page=geometry.rows_per_page,
         scale=geometry.scale,
+        unit=unit_factor(geometry.scale),
     )
 
 

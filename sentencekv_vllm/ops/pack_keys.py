@@ -11,6 +11,8 @@ from torch import Tensor
 from ..types import Basis
 
 MEAN_LEVELS = 127
+SCALE_LIMIT = 2.0**40
+"""A scale that is not below it, or no number, is 0: products of scales and codes stay finite."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ def pack_keys(keys: Tensor, basis: Basis, code_width: int) -> PackedKeys:
       2 bits: -3, -1, 1 or 3, whose threshold is the root mean square of the token's channels:
         plane c is the sign s of channel c, plane C + c is t in {-1, 1} with c = 2 s + t.
     A token's scale is |x|^2 / <c, x>, which makes `scale * <query, c>` an estimate of `<query, x>`
-    without bias towards x (RaBitQ, arXiv 2405.12497). What is not finite is coded as 0.
+    without bias towards x (RaBitQ, arXiv 2405.12497). A scale beyond SCALE_LIMIT is 0.
 
     Args:
         keys: [..., H, N, D], post-RoPE, any float dtype.
@@ -41,7 +43,7 @@ def pack_keys(keys: Tensor, basis: Basis, code_width: int) -> PackedKeys:
     z = keys.float() @ basis.key_map - basis.center[:, None]
     mean = z.mean(-2)
     mean_scales = mean.abs().amax(-1) / MEAN_LEVELS
-    mean_scales = torch.where(mean_scales.isfinite(), mean_scales, 0.0)
+    mean_scales = torch.where(mean_scales < SCALE_LIMIT, mean_scales, 0.0)
     inverse = torch.where(mean_scales > 0, 1 / mean_scales, 0.0)[..., None]
     means = torch.round(mean * inverse).nan_to_num(0.0).to(torch.int8)
     x = (z - (means.float() * mean_scales[..., None])[..., None, :])[..., : code_width // basis.bits]
@@ -54,10 +56,9 @@ def pack_keys(keys: Tensor, basis: Basis, code_width: int) -> PackedKeys:
         outer = squares * x.shape[-1] >= square[..., None]
         product = product + 2 * (x.abs() * outer).sum(-1)
         planes = torch.cat((planes, negative ^ outer), -1)
-    scales = torch.where(product > 0, square / product, 0.0).to(torch.bfloat16)
-    return PackedKeys(
-        _bytes(planes), torch.where(scales.isfinite(), scales, 0.0), means, mean_scales
-    )
+    scales = torch.where(product > 0, square / product, 0.0)
+    scales = torch.where(scales < SCALE_LIMIT, scales, 0.0).to(torch.bfloat16)
+    return PackedKeys(_bytes(planes), scales, means, mean_scales)
 
 
 def _bytes(planes: Tensor) -> Tensor:

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from ..types import Basis
+from .pack_keys import MEAN_LEVELS, SCALE_LIMIT
 
 CODE_LEVELS = {1: 31, 2: 15}
 """By the bits of a code; four planes sum to at most 124, so that a byte table holds every four
 bits, and a level times the weight of its plane has six bits."""
-MEAN_LEVELS = 127
-
 
 @dataclass(frozen=True)
 class QuantizedQuery:
@@ -31,8 +30,8 @@ def quantize_query(query: Tensor, basis: Basis, code_width: int) -> QuantizedQue
 
     With y = query @ query_map, `mean_levels * mean_step ~ y` and, for its first C channels,
     `level * step ~ y`. Two bits of a code are the planes s and t of `2 s + t`: the level of
-    channel c is 2 `level` at plane c and `level` at plane C + c. A query that is zero, or not
-    finite, has levels and steps of 0.
+    channel c is 2 `level` at plane c and `level` at plane C + c. A query whose step is 0, no
+    number, or not below SCALE_LIMIT, has levels and step of 0.
 
     Args:
         query: [..., H, G, D], any float dtype.
@@ -48,7 +47,7 @@ def quantize_query(query: Tensor, basis: Basis, code_width: int) -> QuantizedQue
 
 def _rounded(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     step = x.abs().amax(-1) / levels
-    step = torch.where(step.isfinite(), step, 0.0)
+    step = torch.where(step < SCALE_LIMIT, step, 0.0)
     inverse = torch.where(step > 0, 1 / step, 0.0)
     rounded = torch.round(x * inverse[..., None]).nan_to_num(0.0, 0.0, 0.0)
     return rounded.clamp(-levels, levels).to(torch.int8), step
