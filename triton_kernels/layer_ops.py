@@ -12,7 +12,9 @@ from .index_pages import index_pages
 from .index_sentences import index_sentences
 from .locate_sentences import locate_sentences
 from .quantize_query import quantize_query
+from .rank_blocks import rank_blocks
 from .resolve_residency import resolve_residency
+from .score_blocks import score_blocks
 from .score_sentences import score_sentences
 from .select_blocks import select_blocks
 from .swap_blocks import swap_in
@@ -40,7 +42,8 @@ class TritonOps:
         self._work.step.fill_(step)
 
     def begin_step(self, batch: SparseBatch) -> None:
-        locate_sentences(batch, self._work.first)
+        if not batch.token_codes_only:
+            locate_sentences(batch, self._work.first)
 
     def index_pages(
         self,
@@ -48,9 +51,8 @@ class TritonOps:
         block_ids: Tensor,
         page_ids: Tensor,
         key_offset: Tensor,
-        rotation: Tensor,
     ) -> None:
-        index_pages(pools, block_ids, page_ids, rotation)
+        index_pages(pools, block_ids, page_ids)
 
     def index_sentences(
         self,
@@ -69,19 +71,22 @@ class TritonOps:
         pools: LayerPools,
         batch: SparseBatch,
         query: Tensor,
-        rotation: Tensor,
         out: DecodeOutputs,
     ) -> None:
-        quantize_query(query, rotation, self._work.levels, self._work.steps)
         self.select(geometry, pools, batch, query)
         self.reuse_selection(pools, batch, out)
 
     def select(
         self, geometry: Geometry, pools: LayerPools, batch: SparseBatch, query: Tensor
     ) -> None:
-        """From the quantised query to the selected blocks."""
-        score_sentences(geometry, pools, batch, query, self._work)
-        select_blocks(geometry, pools, batch, self._work)
+        """From the query to the selected blocks: each kernel takes the rows of its kinds."""
+        if pools.basis is not None:
+            quantize_query(geometry, pools.basis, query, self._work)
+            score_blocks(geometry, pools, batch, self._work)
+            rank_blocks(geometry, pools, batch, self._work)
+        if not batch.token_codes_only:
+            score_sentences(geometry, pools, batch, query, self._work)
+            select_blocks(geometry, pools, batch, self._work)
 
     def reuse_selection(self, pools: LayerPools, batch: SparseBatch, out: DecodeOutputs) -> None:
         """What `decode_layer` does once blocks are selected, which the workspace holds."""

@@ -1,52 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys to sign bits and scales and back, tile by tile inside a kernel (see `ops.pack_keys`)."""
+"""Keys to codes and back, tile by tile inside a kernel (see `ops.pack_keys`)."""
 
 import triton
 import triton.language as tl
 
-
-def padded_channels(index_dim: int) -> int:
-    """Rotated channels that a kernel works on: a power of two, wide enough for tensor cores."""
-    return int(max(32, triton.next_power_of_2(index_dim)))
+from .integer_grid import SCALE_LIMIT
 
 
 @triton.jit
-def pack_keys(
+def map_keys(
     keys,
-    valid,
-    rotation,
+    key_map,
+    center,
     D: tl.constexpr,
-    E: tl.constexpr,
-    E_PAD: tl.constexpr,
+    D_PAD: tl.constexpr,
     K_STEP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Rotate TILE keys on tensor cores and reduce them.
+    """`key @ key_map - center` on tensor cores.
 
     Args:
         keys: [TILE, 1] pointers to channel 0 of each key.
-        valid: [TILE, 1] bool; other keys are not read.
-        rotation: pointer to [D, E] float32.
+        key_map, center: pointers to [D, D] and [D] float32, of the KV head.
 
     Returns:
-        bits [TILE, E_PAD / 8] uint8, scales [TILE] float32. Columns past E / 8 are
-        meaningless.
+        [TILE, D_PAD] float32; 0 past D.
     """
-    column = tl.arange(0, E_PAD)[None, :]
-    rotated = tl.zeros((TILE, E_PAD), tl.float32)
-    l2 = tl.zeros((TILE,), tl.float32)
+    column = tl.arange(0, D_PAD)[None, :]
+    mapped = tl.zeros((TILE, D_PAD), tl.float32)
     for k in range(0, D, K_STEP):
         row = k + tl.arange(0, K_STEP)
-        x = tl.load(keys + row[None, :], mask=valid, other=0.0).to(tl.float32)
-        basis = tl.load(rotation + row[:, None] * E + column, mask=column < E, other=0.0)
-        l2 += tl.sum(x * x, 1)
+        x = tl.load(keys + row[None, :]).to(tl.float32)
+        basis = tl.load(key_map + row[:, None] * D + column, mask=column < D, other=0.0)
         # One tf32 product would move the signs of small channels.
-        rotated = tl.dot(x, basis, rotated, input_precision="tf32x3")
-    l1 = tl.sum(tl.abs(rotated), 1)
-    scales = tl.where(l1 > 0, l2 / l1, 0.0)
-    signs = tl.reshape((rotated >= 0).to(tl.int32), (TILE, E_PAD // 8, 8))
-    bits = tl.sum(signs << tl.arange(0, 8)[None, None, :], 2)
-    return bits.to(tl.uint8), scales
+        mapped = tl.dot(x, basis, mapped, input_precision="tf32x3")
+    return mapped - tl.load(center + column, mask=column < D, other=0.0)
+
+
+@triton.jit
+def pack_bits(ones, TILE: tl.constexpr, D_PAD: tl.constexpr):
+    """[TILE, D_PAD] bool -> [TILE, D_PAD / 8] uint8."""
+    bits = tl.reshape(ones.to(tl.int32), (TILE, D_PAD // 8, 8))
+    return tl.sum(bits << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
+
+
+@triton.jit
+def round_to_bf16(x):
+    """The nearest bfloat16, ties to even; Triton's interpreter would truncate."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
+def code_residuals(
+    x, C: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, D_PAD: tl.constexpr
+):  # fmt: skip
+    """Code what tokens add to the mean of their page.
+
+    Args:
+        x: [TILE, D_PAD] float32, of which C channels are coded.
+
+    Returns:
+        first and second plane of each channel [TILE, D_PAD / 8] uint8, meaningless past C / 8
+        and, the second, with one bit; scales [TILE] bfloat16.
+    """
+    column = tl.arange(0, D_PAD)[None, :]
+    x = tl.where(column < C, x, 0.0)
+    negative = x < 0
+    squares = x * x
+    magnitude = tl.abs(x)
+    square = tl.sum(squares, 1)
+    product = tl.sum(magnitude, 1)
+    first = pack_bits(negative ^ True, TILE, D_PAD)
+    second = first
+    if BITS == 2:
+        outer = squares * C >= square[:, None]
+        product += 2 * tl.sum(tl.where(outer, magnitude, 0.0), 1)
+        second = pack_bits(negative ^ outer, TILE, D_PAD)
+    coded = (product > 0) & (square < float("inf"))
+    scales = tl.where(coded, tl.div_rn(square, tl.where(product > 0, product, 1.0)), 0.0)
+    return first, second, round_to_bf16(tl.where(scales < SCALE_LIMIT, scales, 0.0))
 
 
 @triton.jit
@@ -55,12 +89,12 @@ def byte_of(word, i: tl.constexpr):
 
 
 @triton.jit
-def unpack_bits(packed, TILE: tl.constexpr, E_PAD: tl.constexpr):
-    """packed [TILE, E_PAD / 8] uint8 -> bits [TILE, E_PAD] int8, 0 or 1.
+def unpack_bits(packed, TILE: tl.constexpr, W_PAD: tl.constexpr):
+    """packed [TILE, W_PAD / 8] uint8 -> bits [TILE, W_PAD] int8, 0 or 1.
 
     One multiplication spreads a nibble over the four bytes of a word, and joining registers
-    leaves the channels of a token adjacent. Shifting along a third dimension takes 720 instead
-    of 500 instructions a tile and stores bytes one by one (SASS for sm_90, head_dim 128).
+    leaves the planes of a token adjacent. Shifting along a third dimension takes 720 instead
+    of 500 instructions a tile and stores bytes one by one (SASS for sm_90, 128 planes).
     """
     word = packed.to(tl.int32)
     low = ((word & 15) * 0x00204081) & 0x01010101
@@ -72,4 +106,4 @@ def unpack_bits(packed, TILE: tl.constexpr, E_PAD: tl.constexpr):
     odd = tl.join(
         tl.join(byte_of(low, 1), byte_of(high, 1)), tl.join(byte_of(low, 3), byte_of(high, 3))
     )
-    return tl.reshape(tl.join(even, odd), (TILE, E_PAD))
+    return tl.reshape(tl.join(even, odd), (TILE, W_PAD))

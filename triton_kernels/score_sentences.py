@@ -9,10 +9,9 @@ from ..types import Geometry, IndexKind, LayerPools, Reduce, SparseBatch
 from .locate_sentences import overlaps, sentence_row, sentence_span
 from .ordered import LOWEST, from_ordered
 from .score_summaries import score_summaries
-from .score_tokens import score_tokens
-from .workspace import CHUNK_TOKENS, Workspace
+from .workspace import Workspace
 
-TOKEN_BITS = tl.constexpr(int(IndexKind.TOKEN_BITS))
+TOKEN_CODES = tl.constexpr(int(IndexKind.TOKEN_CODES))
 RANDOM = tl.constexpr(int(IndexKind.RANDOM))
 SOFTMAX_MEAN = tl.constexpr(int(Reduce.SOFTMAX_MEAN))
 MAX = tl.constexpr(int(Reduce.MAX))
@@ -35,10 +34,8 @@ def random_score(seed, step, head, sentence):
 @triton.jit(do_not_specialize=["kept", "row_pages_stride", "ends_stride"])
 def _reduce_scores(
     best,
-    partial,
     row_pages,
     kept,
-    num_pages,
     ends,
     num_sentences,
     history_lo,
@@ -53,18 +50,19 @@ def _reduce_scores(
     row_pages_stride,
     ends_stride,
     max_sentences,
-    max_chunks,
     H: tl.constexpr,
     G: tl.constexpr,
     G_PAD: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
     s = tl.program_id(0)
     h = tl.program_id(1)
     kind = tl.load(index_kind + s)
+    if kind == TOKEN_CODES:
+        return
     mode = tl.load(reduce + s)
     count = tl.load(num_sentences + s)
     lo = tl.load(history_lo + s) * N
@@ -75,27 +73,13 @@ def _reduce_scores(
     row_pages += s.to(tl.int64) * row_pages_stride
     best += head * G * max_sentences
     scores += head * max_sentences
-    mass += head * (max_sentences + 1)
+    mass += head * max_sentences
     bonus = tl.load(retention + s)
     share = (kind != RANDOM) & (mode == SOFTMAX_MEAN)
 
     top = tl.full((G_PAD, 1), float("-inf"), tl.float32)
     total = tl.zeros((G_PAD, 1), tl.float32)
-    resident_top = top
-    resident = total
     if share:
-        if kind == TOKEN_BITS:
-            for chunk in range(tl.cdiv(tl.load(num_pages + s) * N, CHUNK)):
-                source = partial + (head * max_chunks + chunk) * 2 * G + g
-                chunk_top = tl.load(source, mask=g < G, other=float("-inf"))
-                chunk_total = tl.load(source + G, mask=g < G, other=0.0)
-                raised = tl.maximum(resident_top, chunk_top)
-                shift = tl.where(raised > float("-inf"), raised, 0.0)
-                resident = resident * tl.exp(resident_top - shift)
-                resident += chunk_total * tl.exp(chunk_top - shift)
-                resident_top = raised
-            top = resident_top
-            total = resident
         for begin in range(0, count, TILE):
             i = begin + tl.arange(0, TILE)
             start, end = sentence_span(ends, i, i < count)
@@ -132,33 +116,28 @@ def _reduce_scores(
                 score = tl.sum(tl.where(known, logits, 0.0), 0) / G
         probability = tl.where(touches, tl.exp(score), 0.0)
         tl.store(mass + i, tl.where(share, probability, float("nan")), mask=i < count)
-        if kind != RANDOM:
+        if HAS_ROWS:
             row = sentence_row(row_pages, i, touches, M)
-            score += bonus * tl.load(kept + row * H + h, mask=touches, other=0).to(tl.float32)
+            flag = tl.load(kept + row * H + h, mask=touches & (kind != RANDOM), other=0)
+            score += bonus * flag.to(tl.float32)
         tl.store(scores + i, tl.where(touches, score, float("-inf")), mask=i < count)
-
-    shares = tl.where(resident > 0, resident * tl.exp(resident_top - z), 0.0)
-    resident_mass = tl.sum(tl.where(g < G, shares, 0.0)) / G
-    tl.store(mass + max_sentences, tl.where(share, resident_mass, float("nan")))
 
 
 def score_sentences(
     geometry: Geometry, pools: LayerPools, batch: SparseBatch, query: Tensor, work: Workspace
 ) -> None:
-    """`ops.score_sentences`, from the quantised query and `first` in `work`.
+    """`ops.score_sentences` for the rows of kinds other than TOKEN_CODES, from `first` in `work`.
 
-    `work.scores` and `work.mass` are written up to `num_sentences`, and the mass of the
-    resident tokens at the last column; other columns keep what they held.
+    `work.scores` and `work.mass` are written up to `num_sentences` of these rows; the rest keeps
+    what it held.
     """
-    score_tokens(geometry, pools, batch, work)
-    score_summaries(geometry, pools, batch, query, work)
+    if pools.centroids is not None:
+        score_summaries(geometry, pools, batch, query, work)
     heads, group = geometry.num_kv_heads, geometry.group_size
     _reduce_scores[(len(batch.num_pages), heads)](
         work.best,
-        work.partial,
         batch.row_pages,
-        pools.kept,
-        batch.num_pages,
+        work.first if pools.kept is None else pools.kept,
         batch.sentence_ends,
         batch.num_sentences,
         batch.history_lo,
@@ -172,14 +151,13 @@ def score_sentences(
         work.mass,
         batch.row_pages.stride(0),
         batch.sentence_ends.stride(0),
-        work.best.shape[2],
-        work.partial.shape[2],
+        work.scores.shape[2],
         H=heads,
         G=group,
         G_PAD=triton.next_power_of_2(group),
         N=geometry.block_size,
         M=geometry.rows_per_page,
+        HAS_ROWS=pools.kept is not None,
         TILE=256 if group > 8 else 512,
-        CHUNK=CHUNK_TOKENS,
         num_warps=8,
     )

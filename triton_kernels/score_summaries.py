@@ -78,7 +78,7 @@ def _score_summaries(
         dots = tl.dot(centroid, q, dots, input_precision=PRECISION)
     if VECTORS == 2:
         dots += tl.where(kind == MEAN_STD, FACTOR * tl.sqrt(tl.maximum(extra, 0.0)), extra)
-    dots = tl.where(dots == dots, dots, BARRED_PRODUCT)
+    dots = tl.where(dots > BARRED_PRODUCT, tl.minimum(dots, -BARRED_PRODUCT), BARRED_PRODUCT)
     tl.store(
         best + (head * max_sentences + i)[:, None] * G + g[None, :],
         to_ordered(scale * dots),

@@ -12,14 +12,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import Geometry, LayerPools, SparseBatch
+from ..types import Geometry, IndexKind, LayerPools, SparseBatch
 from .locate_sentences import GRANULE, sentence_row
 from .ordered import LOWEST, to_ordered
+from .take_largest import count_above, last_key, load_keys, take
 from .workspace import Workspace
 
 TILE = 512  # sentences at once; no fewer than the tokens of a block
+BLOCKS = 2048  # at once
 
 EMPTY = tl.constexpr(LOWEST)
+TOKEN_CODES = tl.constexpr(int(IndexKind.TOKEN_CODES))
+
+
+@triton.jit
+def block_keys(scores, ends, first, j, valid, count, N: tl.constexpr, GRANULE: tl.constexpr):
+    """Ordered code of the largest score among the sentences of blocks `j`."""
+    sentence = tl.load(first + j * (N // GRANULE), mask=valid, other=0)
+    last = tl.load(first + (j + 1) * (N // GRANULE), mask=valid, other=-1)
+    # The sentence of the next block's first token may begin there.
+    before = valid & (last > sentence)
+    aligned = tl.load(ends + last - 1, mask=before, other=0) == (j + 1) * N
+    last = tl.minimum(tl.where(before & aligned, last - 1, last), count - 1)
+    key = tl.zeros_like(j) + EMPTY
+    for _ in range(tl.max(last - sentence, 0) + 1):
+        score = tl.load(scores + sentence, mask=sentence <= last, other=float("-inf"))
+        code = tl.where(score > float("-inf"), to_ordered(score), EMPTY)
+        key = tl.maximum(code, key)
+        sentence += 1
+    return key
 
 
 @triton.jit(do_not_specialize=["kept", "ends_stride", "row_pages_stride"])
@@ -34,22 +55,29 @@ def _select_blocks(
     history_lo,
     history_hi,
     budget_blocks,
+    index_kind,
+    keys,
     blocks,
     coverage,
     ends_stride,
     first_stride,
     row_pages_stride,
     max_sentences,
+    max_pages,
     max_selected,
     H: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     GRANULE: tl.constexpr,
+    K_PAD: tl.constexpr,
     BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     s = tl.program_id(0)
     h = tl.program_id(1)
+    if tl.load(index_kind + s) == TOKEN_CODES:
+        return
     head = s.to(tl.int64) * H + h
     lo = tl.load(history_lo + s)
     hi = tl.load(history_hi + s)
@@ -58,51 +86,40 @@ def _select_blocks(
     ends += s.to(tl.int64) * ends_stride
     row_pages += s.to(tl.int64) * row_pages_stride
     scores += head * max_sentences
-    mass += head * (max_sentences + 1)
+    mass += head * max_sentences
+    keys += head * max_pages
     blocks += head * max_selected
 
-    order = tl.arange(0, BLOCKS)
-    tl.store(blocks + order, -1, mask=(order >= budget) & (order < max_selected))
-    j = lo + order
-    valid = j < hi
+    order = tl.arange(0, K_PAD)
     if budget == hi - lo:
-        tl.store(blocks + order, j, mask=valid)
+        tl.store(
+            blocks + order, tl.where(order < budget, lo + order, -1), mask=order < max_selected
+        )
         tl.store(coverage + head, 1.0)
         return
+    tl.store(blocks + order, -1, mask=(order >= budget) & (order < max_selected))
 
     first += s.to(tl.int64) * first_stride
-    sentence = tl.load(first + j * (N // GRANULE), mask=valid, other=0)
-    last = tl.load(first + (j + 1) * (N // GRANULE), mask=valid, other=-1)
-    # The sentence of the next block's first token may begin there.
-    before = valid & (last > sentence)
-    aligned = tl.load(ends + last - 1, mask=before, other=0) == (j + 1) * N
-    last = tl.minimum(tl.where(before & aligned, last - 1, last), count - 1)
-    key = tl.full((BLOCKS,), EMPTY, tl.int32)
-    for _ in range(tl.max(last - sentence, 0) + 1):
-        score = tl.load(scores + sentence, mask=sentence <= last, other=float("-inf"))
-        code = tl.where(score > float("-inf"), to_ordered(score), EMPTY)
-        key = tl.maximum(code, key)
-        sentence += 1
-
-    # The largest threshold that at least `budget` keys reach, from the highest bit down.
-    ranked = key.to(tl.uint32, bitcast=True) ^ 0x80000000
-    threshold = tl.zeros((), tl.uint32)
-    for b in tl.static_range(31, -1, -1):
-        raised = threshold | (1 << b)
-        reached = tl.sum((valid & (ranked >= raised)).to(tl.int32), 0)
-        threshold = tl.where(reached >= budget, raised, threshold)
-    above = valid & (ranked > threshold)
-    tied = valid & (ranked == threshold)
-    missing = budget - tl.sum(above.to(tl.int32), 0)
-    tied = tied & (tl.cumsum(tied.to(tl.int32), 0) <= missing)
-    chosen = above | tied
-    position = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(blocks + position, j, mask=chosen)
+    for begin in range(lo, hi, BLOCKS):
+        j = begin + tl.arange(0, BLOCKS)
+        code = block_keys(scores, ends, first, j, j < hi, count, N, GRANULE)
+        tl.store(keys + j, code ^ EMPTY, mask=j < hi)
+    tl.debug_barrier()
+    threshold = last_key(keys, lo, hi, budget, BLOCKS)
+    ties = budget - count_above(keys, lo, hi, threshold, BLOCKS)
+    position = tl.zeros((), tl.int32)
+    end_block = tl.full((), -1, tl.int32)
+    for begin in range(lo, hi, BLOCKS):
+        j = begin + tl.arange(0, BLOCKS)
+        key = load_keys(keys, j, j < hi)
+        chosen, place, ties, position = take(key, j < hi, threshold, ties, position)
+        tl.store(blocks + place, j, mask=chosen)
+        tied = chosen & (key == threshold)
+        end_block = tl.maximum(end_block, tl.max(tl.where(tied, j, -1), 0))
 
     # The last tied block came with the first sentence of that score that touches it; equally
     # good sentences after it were not taken.
     end_code = (threshold ^ 0x80000000).to(tl.int32, bitcast=True)
-    end_block = tl.max(tl.where(tied, j, -1), 0)
     i = tl.load(first + end_block * (N // GRANULE), mask=end_block >= 0, other=count)
     i += tl.arange(0, TILE)
     score = tl.load(scores + i, mask=i < count, other=float("-inf"))
@@ -115,10 +132,11 @@ def _select_blocks(
         code = to_ordered(score)
         taken = (code > end_code) | ((code == end_code) & (i <= end_sentence))
         taken = taken & (score > float("-inf"))
-        row = sentence_row(row_pages, i, known, M)
-        tl.store(kept + row * H + h, taken.to(tl.uint8), mask=known)
+        if HAS_ROWS:
+            row = sentence_row(row_pages, i, known, M)
+            tl.store(kept + row * H + h, taken.to(tl.uint8), mask=known)
         covered += tl.load(mass + i, mask=taken, other=0.0)
-    tl.store(coverage + head, tl.sum(covered, 0) + tl.load(mass + max_sentences))
+    tl.store(coverage + head, tl.sum(covered, 0))
 
 
 def select_blocks(
@@ -126,13 +144,12 @@ def select_blocks(
 ) -> tuple[Tensor, Tensor]:
     """`ops.select_blocks`, from `scores`, `mass` and `first` in `work`.
 
+    Rows of TOKEN_CODES keep what `work.blocks` and `work.coverage` hold.
+
     Returns:
         blocks [>= S, H, K] int32 and coverage [>= S, H] of `work`; K is that of the
-        workspace, not the largest budget of the batch, so that shapes are fixed. So is the
-        kernel: a key for each block of the longest request, whatever the batch holds.
+        workspace, not the largest budget of the batch, so that shapes are fixed.
     """
-    max_blocks = (work.first.shape[1] - 1) * GRANULE // geometry.block_size
-    padded = triton.next_power_of_2(max(max_blocks, work.blocks.shape[2]))
     _select_blocks[(len(batch.budget_blocks), geometry.num_kv_heads)](
         work.scores,
         work.mass,
@@ -140,23 +157,28 @@ def select_blocks(
         batch.num_sentences,
         work.first,
         batch.row_pages,
-        pools.kept,
+        work.first if pools.kept is None else pools.kept,
         batch.history_lo,
         batch.history_hi,
         batch.budget_blocks,
+        batch.index_kind,
+        work.keys,
         work.blocks,
         work.coverage,
         batch.sentence_ends.stride(0),
         work.first.stride(0),
         batch.row_pages.stride(0),
         work.scores.shape[2],
+        work.keys.shape[2],
         work.blocks.shape[2],
         H=geometry.num_kv_heads,
         N=geometry.block_size,
         M=geometry.rows_per_page,
+        HAS_ROWS=pools.kept is not None,
         GRANULE=GRANULE,
-        BLOCKS=padded,
+        K_PAD=triton.next_power_of_2(work.blocks.shape[2]),
+        BLOCKS=BLOCKS,
         TILE=TILE,
-        num_warps=min(32, max(4, padded // 256)),
+        num_warps=16,
     )
     return work.blocks, work.coverage
