@@ -51,7 +51,7 @@ def load_problems(spec: str, num_items: int, lengths: Sequence[int] = ()) -> lis
         known = ", ".join([*FORMATS, *TEXT_FORMATS])
         raise BenchmarkFileError(f"--data {spec!r} is not FORMAT:FILE with a format of {known}")
     path = Path(file)
-    if not path.is_file():
+    if not (path.is_file() or (path.is_dir() and name in TEXT_FORMATS)):
         example = FORMATS[name].example if name in FORMATS else TEXT_FORMATS[name]
         raise BenchmarkFileError(f"{path} does not exist: --data {name} reads {example}")
     if name in TEXT_FORMATS:
@@ -255,7 +255,7 @@ FORMATS: dict[str, Format] = {
 }
 
 TEXT_FORMATS = {
-    "text": "a plain text in UTF-8",
+    "text": "a plain text in UTF-8, or a folder of .txt, .md, .rst and .py",
     "pg19": "a book of PG-19, a plain text in UTF-8",
 }
 """Long texts for perplexity and distance from dense attention, without questions."""

@@ -22,11 +22,12 @@ from .engine import Engine
 from .estimate import estimate
 from .http_engine import ServerRefusal
 from .items import Cell, Problem, interleave, make_cells, recall_problems
-from .long_texts import TEXT_TASKS, text_problems
+from .long_texts import TEXT_TASKS, TextTooShort, text_problems
 from .markdown import markdown
 from .options import MODEL, parse
 from .processes import ProcessError, Send, shared
 from .progress import Progress
+from .real.tasks import REAL_TASKS, real_problems
 from .recall_tasks import ALL_TASKS
 from .records import Key, Record, Results, ResultsError
 from .report import write_report
@@ -35,6 +36,10 @@ from .table import summarise
 from .variant import Variant, make_variants
 
 __all__ = ["MODEL", "main", "questions", "write_summary"]
+
+
+REFUSALS = (ResultsError, BenchmarkFileError, TextTooShort, ServerRefusal, ProcessError)
+"""Their messages say what to do."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = Results(options.out / "results.jsonl", engine_setup.identity(options))
         problems = questions(options)
         _fill(options, results, problems, variants)
-    except (ResultsError, BenchmarkFileError, ServerRefusal, ProcessError) as error:
+    except REFUSALS as error:
         print(error, file=sys.stderr)
         return 2
     write_summary(options, results, problems, variants)
@@ -56,11 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def questions(options: argparse.Namespace) -> list[Problem]:
     """All questions, a seed of each cell after the other, with nothing made yet."""
     contexts, items = options.contexts, options.items
+    seed = options.seed
     by_cell = [cell for spec in options.data for cell in load_problems(spec, items, contexts)]
     tasks = [task for task in options.tasks if task in ALL_TASKS]
     texts = [task for task in options.tasks if task in TEXT_TASKS]
-    by_cell += recall_problems(make_cells(tasks, options.styles, contexts), items)
-    by_cell += text_problems(texts, contexts, items)
+    real = [task for task in options.tasks if task in REAL_TASKS]
+    by_cell += recall_problems(make_cells(tasks, options.styles, contexts), items, seed)
+    by_cell += text_problems(texts, contexts, items, seed)
+    by_cell += real_problems(engine_setup.sources(options), real, contexts, items, seed)
     return list(interleave(by_cell))
 
 

@@ -13,16 +13,24 @@ from ..policies import POLICIES
 from .engine import Engine, VllmEngine
 from .http_engine import HttpEngine
 from .kv_shape import KVShape
+from .real.tasks import REAL_TASKS, Sources
 from .variant import Variant
 
 
 def identity(options: argparse.Namespace) -> dict[str, Any]:
     """What all records of a file must share."""
+    asked = set(options.tasks) & set(REAL_TASKS)
+    texts = {"real_texts": sources(options).digest()} if asked else {}
     if options.server:
-        return {"server": options.server}
+        return {"server": options.server, **texts}
     model = Path(options.model)
     name = model.name if model.is_dir() else options.model
-    return {"model": name, "block_size": options.block_size, **_settings(options)}
+    return {"model": name, "block_size": options.block_size, **_settings(options), **texts}
+
+
+def sources(options: argparse.Namespace) -> Sources:
+    """Of the real tasks."""
+    return Sources(options.model, options.text_folder, options.code_folder)
 
 
 def longest_prompt(options: argparse.Namespace) -> int:

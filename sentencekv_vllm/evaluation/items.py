@@ -149,11 +149,13 @@ def _depth(recall: RecallPrompt) -> float | None:
     return recall.prompt.index(recall.needles[-1]) / len(recall.prompt)
 
 
-def recall_problems(cells: Sequence[Cell], num_items: int) -> list[list[Problem]]:
-    """The questions of each cell; seeds are 0 to `num_items` - 1."""
+def recall_problems(
+    cells: Sequence[Cell], num_items: int, first_seed: int = 0
+) -> list[list[Problem]]:
+    """The questions of each cell; seeds are counted up from the first."""
+    seeds = range(first_seed, first_seed + num_items)
     return [
-        [Problem(cell, seed, partial(make_item, cell, seed)) for seed in range(num_items)]
-        for cell in cells
+        [Problem(cell, seed, partial(make_item, cell, seed)) for seed in seeds] for cell in cells
     ]
 
 

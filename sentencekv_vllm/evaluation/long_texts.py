@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .items import TEXT, Cell, Item, Problem
@@ -15,7 +16,12 @@ from .scores import exact_line
 
 CONTINUATION = 256  # tokens at least, whole sentences
 QUESTION_TOKENS = 40  # at most, of the first question, which is in the prompt
+TEXT_FILES = (".txt", ".md", ".rst", ".py")
 CountTokens = Callable[[str], int]
+
+
+class TextTooShort(ValueError):
+    """A text ends before prompt and continuation do; the message says where."""
 
 
 def long_filler(tokens: int, seed: int, count_tokens: CountTokens) -> Item:
@@ -62,31 +68,33 @@ TEXT_TASKS: dict[str, Callable[[int, int, CountTokens], Item]] = {
 }
 
 
-def text_problems(tasks: list[str], lengths: list[int], num_items: int) -> list[list[Problem]]:
+def text_problems(
+    tasks: Sequence[str], lengths: Sequence[int], num_items: int, first_seed: int = 0
+) -> list[list[Problem]]:
     """Of `TEXT_TASKS`, a cell for each task and length."""
+    seeds = range(first_seed, first_seed + num_items)
 
     def maker(task: str, tokens: int, seed: int) -> Callable[[CountTokens], Item]:
         return lambda count_tokens: TEXT_TASKS[task](tokens - 1, seed, count_tokens)
 
     return [
-        [Problem(Cell(t, TEXT, n), seed, maker(t, n, seed)) for seed in range(num_items)]
+        [Problem(Cell(t, TEXT, n), seed, maker(t, n, seed)) for seed in seeds]
         for n in lengths
         for t in tasks
     ]
 
 
 def file_problems(path: Path, lengths: list[int], num_items: int) -> list[list[Problem]]:
-    """Stretches of a text file, a cell for each prompt length.
+    """Stretches of a text file, or of all texts of a folder, a cell for each prompt length.
 
-    Stretch i of n begins at word i / n of the file, so that stretches of a long text do not
+    Stretch i of n begins at word i / n of the text, so that stretches of a long text do not
     overlap.
     """
-    words = path.read_text(encoding="utf-8").split(" ")
+    words = words_of(read_texts(path))
 
     def maker(tokens: int, seed: int) -> Callable[[CountTokens], Item]:
         start = len(words) * seed // num_items
-        pieces = [f" {word}" for word in words[start : start + tokens + CONTINUATION]]
-        return lambda count_tokens: _split(pieces, tokens - 1, count_tokens)
+        return lambda count_tokens: stretch(words, start, tokens, count_tokens)
 
     return [
         [
@@ -97,7 +105,29 @@ def file_problems(path: Path, lengths: list[int], num_items: int) -> list[list[P
     ]
 
 
-def _split(pieces: list[str], tokens: int, count_tokens: CountTokens) -> Item:
+def read_texts(path: Path) -> str:
+    """A file; of a folder, the files of `TEXT_FILES` below it in the order of their paths."""
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    files = [f for f in sorted(path.rglob("*")) if f.suffix in TEXT_FILES and f.is_file()]
+    return "\n\n".join(f.read_text(encoding="utf-8", errors="replace") for f in files)
+
+
+def words_of(text: str) -> list[str]:
+    """Each with the white space before it."""
+    return re.findall(r"\s*\S+", text)
+
+
+def stretch(words: Sequence[str], start: int, tokens: int, count_tokens: CountTokens) -> Item:
+    """A prompt of at most `tokens`, begin-of-text token included, and what follows it.
+
+    Raises:
+        TextTooShort: it ends before.
+    """
+    return _split(words[start : start + tokens + CONTINUATION], tokens - 1, count_tokens)
+
+
+def _split(pieces: Sequence[str], tokens: int, count_tokens: CountTokens) -> Item:
     """The pieces that fill a prompt, and those that follow."""
     sizes = [count_tokens(piece) for piece in pieces]
     cut, used = 0, 0
@@ -109,7 +139,7 @@ def _split(pieces: list[str], tokens: int, count_tokens: CountTokens) -> Item:
         length += sizes[end]
         end += 1
     if length < CONTINUATION:
-        raise ValueError(
+        raise TextTooShort(
             f"a prompt of {tokens} tokens and {CONTINUATION} more need a longer text: it ends "
             f"after {used + length}"
         )

@@ -15,6 +15,7 @@ from . import run_presets
 from .benchmark_files import FORMATS
 from .items import DEFAULT_STYLES, STYLES
 from .long_texts import TEXT_TASKS
+from .real.tasks import FAMILY, QUESTIONS, REAL_TASKS, TEXTS
 from .recall_tasks import ALL_TASKS
 from .run_presets import PRESETS
 from .variant import ALL, DENSE, parse_policies
@@ -33,6 +34,14 @@ def _names(known: Sequence[str]) -> Any:
         return text.split(",")
 
     return parse
+
+
+def _tasks(text: str) -> list[str]:
+    """Parser of the tasks; a family stands for its questions."""
+    known = (*ALL_TASKS, *TEXT_TASKS, *REAL_TASKS, FAMILY, NO_TASKS)
+    names = _names(known)(text)
+    whole = [task for name in names for task in (QUESTIONS if name == FAMILY else (name,))]
+    return list(dict.fromkeys(whole))
 
 
 def _policies(text: str) -> list[str]:
@@ -64,8 +73,8 @@ def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespa
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="options of evaluation.run_presets; others win")
     every = ",".join(ALL_TASKS)
-    known = [*ALL_TASKS, *TEXT_TASKS, NO_TASKS]
-    add("--tasks", type=_names(known), default=every, help=f"of {', '.join(known)}")
+    known = [*ALL_TASKS, *TEXT_TASKS, FAMILY, *REAL_TASKS, NO_TASKS]
+    add("--tasks", type=_tasks, default=every, help=f"of {', '.join(known)}")
     add("--styles", type=_names(STYLES), default=",".join(DEFAULT_STYLES))
     add("--contexts", type=_sizes, default="4096", help="prompt tokens of the tasks")
     add("--data", action="append", default=[], metavar="FORMAT:FILE", help=", ".join(FORMATS))
@@ -78,6 +87,9 @@ def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespa
     add("--ablation", action="store_true", help="and the rankings of evaluation.variant")
     add("--budgets", type=_sizes, default="256", help="tokens attended, of each policy")
     add("--items", type=int, default=100, help="questions of a cell")
+    add("--seed", type=int, default=0, help="of a cell's first question; not of --data")
+    add("--text-folder", help="prose of the real tasks; default: what the machine has")
+    add("--code-folder", help="Python files of the real tasks; default: the standard library")
     add("--kl", action="store_true", help="and the distance from dense attention")
     add("--out", type=Path, default=Path("results/eval"), help="folder; an old run goes on")
     add("--model", default=str(MODEL), help="folder or name")
@@ -90,7 +102,7 @@ def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespa
     add = engine.add_argument
     add("--sinks", type=int, default=32, help="first tokens, part of the budget")
     add("--recent", type=int, default=32, help="last tokens, part of the budget")
-    add("--working-set", type=int, default=512, help="tokens")
+    add("--working-set", type=int, help="tokens; default: 512, or the largest budget")
     add("--block-size", type=int, default=32, help="tokens")
     # Not spaCy, which works beside the engine: whether a request's first steps still run
     # densely would depend on the machine's load.
@@ -109,13 +121,20 @@ def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespa
     given = list(sys.argv[1:] if arguments is None else arguments)
     preset = parser.parse_args(given).preset
     options = parser.parse_args([*(run_presets.arguments(preset) if preset else ()), *given])
-    texts = [task for task in options.tasks if task in TEXT_TASKS]
+    if options.working_set is None:
+        options.working_set = max(512, *options.budgets)
+    texts = [task for task in options.tasks if task in (*TEXT_TASKS, *TEXTS)]
     if options.server and texts:
         parser.error(f"{texts[0]} needs an engine in this process: leave out --server")
     if options.server and options.kl:
         parser.error("--kl needs an engine in this process: leave out --server")
     if options.kl and DENSE not in options.policies:
         parser.error(f"--kl measures the distance from {DENSE}: add it to --policies")
+    if options.server and set(QUESTIONS) & set(options.tasks) and options.model == str(MODEL):
+        parser.error(
+            f"{FAMILY} tasks are written in the chat template of --model: name the folder of the "
+            "server's model"
+        )
     if options.server and options.set:
         parser.error("--set is for an engine in this process: give the server its own settings")
     return options
