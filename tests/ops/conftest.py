@@ -20,8 +20,7 @@ from sentencekv_vllm.ops.native_build import build as build_library
 from sentencekv_vllm.ops.native_build import csrc_dir
 from sentencekv_vllm.ops.pack_keys import pack_keys
 from sentencekv_vllm.ops.quantize_pages import quantize_pages
-from sentencekv_vllm.ops.rotation import rotation
-from sentencekv_vllm.types import Geometry, IndexKind, LayerPools, Reduce, SparseBatch
+from sentencekv_vllm.types import Basis, Geometry, IndexKind, LayerPools, Reduce, SparseBatch
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,9 @@ class Row:
     budget: int = 6
     sinks: int = 1
     recent: int = 2
-    kind: IndexKind = IndexKind.TOKEN_BITS
+    kind: IndexKind = IndexKind.TOKEN_CODES
     reduce: Reduce = Reduce.SOFTMAX_MEAN
-    retention: float = 0.0
-    byte_rows: int | None = None  # of the token index that are read; None: all
+    retention: float = 1.0  # added to a score; what multiplies a block's under TOKEN_CODES
     ends: tuple[int, ...] | None = None
 
 
@@ -45,28 +43,23 @@ class Case:
     pools: LayerPools
     batch: SparseBatch
     query: torch.Tensor  # [S, H * G, D]
-    rotation: torch.Tensor  # [D, E]
 
     def to(self, device: str) -> Case:
         """A copy on `device`; the swap pool stays in (pinned) host memory."""
 
         def move(record: Any) -> Any:
-            tensors = {
+            tensors: dict[str, Any] = {
                 field.name: value.to(device, copy=True)
                 for field in fields(record)
                 if isinstance(value := getattr(record, field.name), torch.Tensor)
             }
+            if getattr(record, "basis", None) is not None:
+                tensors["basis"] = move(record.basis)
             if device != "cpu" and "host" in tensors:
                 tensors["host"] = record.host.clone().pin_memory()
             return replace(record, **tensors)
 
-        return Case(
-            self.geometry,
-            move(self.pools),
-            move(self.batch),
-            self.query.to(device),
-            self.rotation.to(device),
-        )
+        return Case(self.geometry, move(self.pools), move(self.batch), self.query.to(device))
 
 
 def draw_ends(row: Row, generator: torch.Generator) -> tuple[int, ...]:
@@ -76,10 +69,21 @@ def draw_ends(row: Row, generator: torch.Generator) -> tuple[int, ...]:
     return (*lengths[lengths < row.tokens].tolist(), row.tokens) if row.tokens else ()
 
 
+def draw_basis(heads: int, dim: int, bits: int, generator: torch.Generator) -> Basis:
+    """Rotated and stretched, otherwise for each KV head."""
+    turn = torch.linalg.qr(torch.randn(heads, dim, dim, generator=generator)).Q
+    stretch = (torch.randn(heads, 1, dim, generator=generator) / 2).exp()
+    center = torch.randn(heads, dim, generator=generator)
+    return Basis((turn * stretch).contiguous(), (turn / stretch).contiguous(), center, bits)
+
+
 def make_case(
     *rows: Row,
     head_dim: int = 64,
-    index_dim: int | None = None,
+    channels: int | None = None,
+    bits: int = 2,
+    codes: bool = True,
+    vectors: int = 2,
     heads: int = 2,
     group: int = 4,
     block_size: int = 16,
@@ -88,7 +92,12 @@ def make_case(
     host_dtype: str = "auto",
     seed: int = 0,
 ) -> Case:
-    """A layer in which every request of `rows` is fully indexed; memory of no one is NaN."""
+    """A layer in which every request of `rows` is fully indexed; memory of no one is NaN.
+
+    Args:
+        channels: that have codes; None: all with one bit, half with two.
+        codes, vectors: what the server keeps.
+    """
     generator = torch.Generator().manual_seed(seed)
     ends = [draw_ends(row, generator) for row in rows]
     counts = [row.tokens // block_size for row in rows]
@@ -102,15 +111,16 @@ def make_case(
         block_size,
         rows_per_page=m,
         scale=head_dim**-0.5,
-        index_channels=index_dim,
+        vectors_per_row=vectors,
+        code_width=bits * (channels or head_dim // (8 * bits) * 8) if codes else 0,
     )
-    turn = rotation(head_dim, index_dim)
+    basis = draw_basis(heads, head_dim, bits, generator)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
     host = normal(num_pages, heads, block_size, 2 * head_dim)
-    bits, scales = pack_keys(host[..., :head_dim], turn)
+    packed = pack_keys(host[..., :head_dim], basis, geometry.code_width or 8 * bits)
     centroids = normal(num_pages * m, heads, head_dim).to(torch.bfloat16)
     spreads = normal(num_pages * m, heads, head_dim).abs().to(torch.bfloat16)
     form = host_format(host_dtype, block_size, head_dim, dtype.itemsize)
@@ -125,7 +135,8 @@ def make_case(
         row_pages[s, :need] = order[used : used + need]
         sentence_ends[s, : len(ends[s])] = torch.tensor(ends[s], dtype=torch.int32)
         used += count
-    scales[order[used:]] = float("nan")
+    packed.scales[order[used:]] = float("nan")
+    packed.mean_scales[order[used:]] = float("nan")
     for vectors in (centroids, spreads):
         vectors.unflatten(0, (num_pages, m))[order[used:]] = float("nan")
     lo = [min(row.sinks, count) for row, count in zip(rows, counts, strict=True)]
@@ -151,24 +162,27 @@ def make_case(
         index_kind=column([int(row.kind) for row in rows]),
         reduce=column([int(row.reduce) for row in rows]),
         retention=column([row.retention for row in rows], torch.float32),
-        byte_rows=column([row.byte_rows or turn.shape[1] // 8 for row in rows]),
         seed=column([7 * s - 3 for s in range(len(rows))]),
         step=5,
     )
+    page_kept = torch.randint(0, 2, (num_pages, heads), generator=generator).to(torch.uint8)
+    index: dict[str, Any] = {}
+    if codes:
+        index = {**vars(packed), "page_kept": page_kept, "basis": basis}
+    if vectors:
+        index |= {"centroids": centroids, "kept": kept}
+    if vectors == 2:
+        index["spreads"] = spreads
     pools = LayerPools(
         cache=torch.full((num_blocks, heads, block_size, 2 * head_dim), float("nan"), dtype=dtype),
         host=host if form is None else quantize_pages(host, form),
-        bits=bits,
-        scales=scales,
-        centroids=centroids,
-        kept=kept,
         page_slot=torch.full((num_pages, heads), -1, dtype=torch.int32),
         slot_page=torch.full((num_blocks, heads), -1, dtype=torch.int32),
         slot_stamp=torch.full((num_blocks, heads), -1, dtype=torch.int32),
-        spreads=spreads,
         host_format=form,
+        **index,
     )
-    return Case(geometry, pools, batch, normal(len(rows), heads * group, head_dim), turn)
+    return Case(geometry, pools, batch, normal(len(rows), heads * group, head_dim))
 
 
 @pytest.fixture
