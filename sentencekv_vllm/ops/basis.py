@@ -86,9 +86,10 @@ def coded_basis(axes: Axes, channels: int, bits: int, device: torch.device = CPU
     if channels < head_dim:
         joint[channels:, channels:] = rotation(head_dim - channels)
     key_map = axes.keys.double() @ joint
+    query_map = axes.queries.double() @ joint
     center = torch.einsum("hd,hde->he", axes.mean.double(), key_map)
-    parts = (key_map, axes.queries.double() @ joint, center)
-    return Basis(*(part.float().to(device) for part in parts), bits=bits)
+    key_map, query_map, center = (x.float().to(device) for x in (key_map, query_map, center))
+    return Basis(key_map, query_map, center, bits)
 
 
 def balanced_basis(residuals: Tensor, queries: Tensor, mean: Tensor, channels: int) -> Basis:

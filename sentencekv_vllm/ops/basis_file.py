@@ -40,15 +40,29 @@ class BasisFile:
         return self.source.startswith(USER_TEXT)
 
 
+def text_digest(text: str) -> str:
+    """Names a text in `BasisFile.source`."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def basis_folder() -> Path:
+    """Where all files are; made if missing.
+
+    Raises:
+        OSError, BuildError: it cannot be made.
+    """
+    folder = cache_dir() / "bases"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
 def basis_path(identity: str) -> Path:
     """Where the file of an identity is; the folder exists.
 
     Raises:
         OSError, BuildError: the folder cannot be made.
     """
-    folder = cache_dir() / "bases"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder / f"{identity[:32]}.basis"
+    return basis_folder() / f"{identity[:32]}.basis"
 
 
 def save_basis(path: Path, contents: BasisFile) -> None:

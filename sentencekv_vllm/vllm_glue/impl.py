@@ -7,9 +7,12 @@ from abc import abstractmethod
 from typing import Any
 
 from torch import Tensor
+from vllm.config import get_current_vllm_config_or_none
 
 from ..worker.observations import Observed
+from . import model_runner
 from .metadata import SentenceKVMetadata, current_runtime
+from .recorder import current_recorder
 
 
 class SplitImpl:
@@ -39,6 +42,9 @@ class SplitImpl:
                 "sentencekv does not support layers that share another layer's KV cache "
                 f"(here: {kv_sharing_target_layer_name}). Use another attention backend."
             )
+        config = get_current_vllm_config_or_none()
+        if config is not None:  # the worker's model is being made
+            model_runner.install(config)
         super().__init__(  # type: ignore[call-arg]  # the stock implementation's
             num_heads,
             head_size,
@@ -69,6 +75,11 @@ class SplitImpl:
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         tensors = (query, key, value, kv_cache)
+        recorder = current_recorder()
+        if recorder is not None:
+            softcap = self.logits_soft_cap or 0.0  # type: ignore[attr-defined]  # the stock one's
+            recorder.attend(layer.layer_name, query, key, value, output, self.scale, softcap)  # type: ignore[attr-defined]
+            return output
         if not isinstance(attn_metadata, SentenceKVMetadata):  # no sparse rows, or a profiling run
             return super().forward(layer, *tensors, attn_metadata, output)  # type: ignore[misc]
         split = attn_metadata.split

@@ -24,6 +24,7 @@ from ..worker.tables import rounded_up
 from ..worker.warm_start import MAX_ROWS
 from . import full_graphs
 from .backend import platform
+from .calibration import find_bases
 from .resolve import resolve_for_engine
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,9 @@ def build_runtime(
     on_gpu = sizes.device.type == "cuda"
     device = sizes.device
 
+    # First, while nothing but vLLM's own lies beside the forwards' tensors.
+    bases = find_bases(vllm_config, resolved, geometry, names, device)
+
     def new_graph() -> Callable[[], Graph] | None:
         return CudaGraphs(device) if on_gpu and resolved.config.cuda_graphs else None
 
@@ -82,6 +86,7 @@ def build_runtime(
             new_graph=new_graph(),
             warm_ops=_warm_ops(sizes) if resolved.config.warm_start else None,
             prefetch=Prefetch(device, len(names), new_graph()) if on_gpu else None,
+            bases=bases,
         )
     except torch.OutOfMemoryError as error:
         raise ConfigError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.basis import plain_basis
-from ..types import Geometry, LayerPools
+from ..types import Basis, Geometry, LayerPools
 from .host_memory import HostPool
 from .transfer import upload
 
@@ -23,13 +23,20 @@ class Pools:
     a request that gets host pages has its index memory, too.
     """
 
-    def __init__(self, geometry: Geometry, num_pages: int, caches: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        num_pages: int,
+        caches: Sequence[Tensor],
+        bases: Sequence[Basis] | None = None,
+    ) -> None:
         """Allocate for `num_pages` host pages.
 
         Args:
             geometry: this worker's shapes.
             num_pages: pages of the swap pool, each holding one block of every layer.
             caches: vLLM's KV cache of each layer, [B, H, N, 2D].
+            bases: in which each layer's keys are coded; None: the fixed one.
 
         Raises:
             ConfigError: host memory is too small for a pinned swap pool.
@@ -55,7 +62,9 @@ class Pools:
         self.means = on_device((pages, heads, d), torch.int8) if w else None
         self.mean_scales = on_device((pages, heads), torch.float32) if w else None
         self.page_kept = on_device((pages, heads), torch.uint8) if w else None
-        self.bases = [plain_basis(heads, d, w, device) for _ in range(layers)] if w else None
+        if bases is None and w:
+            bases = [plain_basis(heads, d, w, device) for _ in range(layers)]
+        self.bases = bases if w else None
         vectors = g.vectors_per_row
         self.centroids = on_device((rows, heads, d), torch.bfloat16) if vectors else None
         self.spreads = on_device((rows, heads, d), torch.bfloat16) if vectors == 2 else None

@@ -18,7 +18,7 @@ from ..ops.layer_ops import DecodeOutputs, LayerOps
 from ..ops.load import Sizes
 from ..ops.mean_values import GroupTokens, write_mean_values
 from ..ops.token_layout import TokenLayout
-from ..types import Geometry, QueryKind
+from ..types import Basis, Geometry, QueryKind
 from .copy_stream import CopyStream, copy_stream
 from .device_planner import DevicePlanner
 from .graphs import Graph
@@ -57,6 +57,7 @@ class Runtime:
         new_graph: Callable[[], Graph] | None = None,
         prefetch: Prefetch | None = None,
         warm_ops: LayerOps | None = None,
+        bases: Sequence[Basis] | None = None,
     ) -> None:
         """Allocate everything.
 
@@ -78,12 +79,13 @@ class Runtime:
             prefetch: ranks ahead of the layers where the queries allow it; None: each layer ranks
                 when its turn comes.
             warm_ops: fill the working sets of requests that turn sparse; None: they start empty.
+            bases: in which each layer's keys are coded; None: the fixed one.
         """
         self.geometry = geometry
         self.max_pages = num_pages if sizes is None else sizes.max_pages  # of one request
         self.layer_index = {name: i for i, name in enumerate(layer_names)}
         self.ops = ops
-        self.pools = Pools(geometry, num_pages, caches)
+        self.pools = Pools(geometry, num_pages, caches, bases)
         self.device = caches[0].device
         self.tables = Tables(
             num_slots,
