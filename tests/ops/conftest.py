@@ -137,8 +137,8 @@ def make_case(
         used += count
     packed.scales[order[used:]] = float("nan")
     packed.mean_scales[order[used:]] = float("nan")
-    for vectors in (centroids, spreads):
-        vectors.unflatten(0, (num_pages, m))[order[used:]] = float("nan")
+    for summaries in (centroids, spreads):
+        summaries.unflatten(0, (num_pages, m))[order[used:]] = float("nan")
     lo = [min(row.sinks, count) for row, count in zip(rows, counts, strict=True)]
     hi = [
         max(start, count - row.recent) for row, count, start in zip(rows, counts, lo, strict=True)
