@@ -25,9 +25,16 @@ def _presets(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def _calibrate(arguments: Sequence[str]) -> int:
+    from .calibrate import main
+
+    return main(arguments)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "eval": ("measure accuracy, distance from dense and traffic on the served path", _eval),
     "demo": ("serve needles in long texts with sentencekv and with stock attention", _demo),
+    "calibrate": ("find the basis of a model's keys with a text of your own", _calibrate),
     "presets": ("list the presets, or print the path of one", _presets),
 }
 """Each imports what it needs when it is called."""
@@ -35,7 +42,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
 
 def usage() -> str:
     """One line per command."""
-    lines = [f"  {name:8} {text}" for name, (text, _) in COMMANDS.items()]
+    lines = [f"  {name:9} {text}" for name, (text, _) in COMMANDS.items()]
     return "usage: sentencekv COMMAND [--help]\n\n" + "\n".join(lines)
 
 
