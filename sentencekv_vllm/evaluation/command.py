@@ -27,6 +27,7 @@ from .markdown import markdown
 from .options import MODEL, parse
 from .processes import ProcessError, Send, shared
 from .progress import Progress
+from .real import models
 from .real.tasks import REAL_TASKS, real_problems
 from .recall_tasks import ALL_TASKS
 from .records import Key, Record, Results, ResultsError
@@ -44,7 +45,10 @@ REFUSALS = (ResultsError, BenchmarkFileError, TextTooShort, ServerRefusal, Proce
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; the exit status."""
-    options = parse(arguments, (__doc__ or "").partition("\n")[0])
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["get-model"]:
+        return models.main(given[1:])
+    options = parse(given, (__doc__ or "").partition("\n")[0])
     server = ", ".join(f"{name}={value}" for name, value in options.set)
     variants = make_variants(options.policies, options.budgets, options.ablation, server)
     try:

@@ -64,6 +64,7 @@ class VllmEngine:
         max_requests: int,
         kv_cache_bytes: int,
         max_output_tokens: int = 512,
+        dtype: str = "auto",
     ) -> None:
         """Start it; takes some ten seconds.
 
@@ -75,6 +76,7 @@ class VllmEngine:
             max_requests: most requests at a time.
             kv_cache_bytes: KV memory of the device.
             max_output_tokens: longest reply, second turns included.
+            dtype: of weights and KV.
         """
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
@@ -84,6 +86,7 @@ class VllmEngine:
             model=model,
             attention_backend="sentencekv",
             additional_config={"sentencekv": dict(settings)},
+            dtype=dtype,
             enforce_eager=True,
             block_size=block_size,
             kv_cache_memory_bytes=kv_cache_bytes,

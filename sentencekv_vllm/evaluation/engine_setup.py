@@ -25,7 +25,9 @@ def identity(options: argparse.Namespace) -> dict[str, Any]:
         return {"server": options.server, **texts}
     model = Path(options.model)
     name = model.name if model.is_dir() else options.model
-    return {"model": name, "block_size": options.block_size, **_settings(options), **texts}
+    dtype = {} if options.dtype == "auto" else {"dtype": options.dtype}
+    found = {"model": name, "block_size": options.block_size, **dtype}
+    return {**found, **_settings(options), **texts}
 
 
 def sources(options: argparse.Namespace) -> Sources:
@@ -80,6 +82,7 @@ def start(options: argparse.Namespace, variants: Sequence[Variant]) -> Engine:
         max_requests=options.requests,
         max_output_tokens=longest_reply(options),
         kv_cache_bytes=int(options.kv_cache_gib * 2**30),
+        dtype=options.dtype,
     )
 
 

@@ -15,6 +15,7 @@ from . import run_presets
 from .benchmark_files import FORMATS
 from .items import DEFAULT_STYLES, STYLES
 from .long_texts import TEXT_TASKS
+from .real.models import MODELS, full_name, models_folder
 from .real.tasks import FAMILY, QUESTIONS, REAL_TASKS, TEXTS
 from .recall_tasks import ALL_TASKS
 from .run_presets import PRESETS
@@ -44,6 +45,12 @@ def _tasks(text: str) -> list[str]:
     return list(dict.fromkeys(whole))
 
 
+def _model(text: str) -> str:
+    """Parser of a model: one of `MODELS` that is there becomes its folder."""
+    folder = models_folder() / full_name(text)
+    return str(folder) if not Path(text).is_dir() and folder.is_dir() else text
+
+
 def _policies(text: str) -> list[str]:
     try:
         return parse_policies(text)
@@ -69,7 +76,11 @@ def _setting(text: str) -> tuple[str, Any]:
 
 def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespace:
     """Check the arguments; exits with a message where they contradict each other."""
-    parser = argparse.ArgumentParser(prog="sentencekv eval", description=description)
+    parser = argparse.ArgumentParser(
+        prog="sentencekv eval",
+        description=description,
+        epilog="sentencekv eval get-model --help: small pretrained models for --model",
+    )
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="options of evaluation.run_presets; others win")
     every = ",".join(ALL_TASKS)
@@ -92,7 +103,12 @@ def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespa
     add("--code-folder", help="Python files of the real tasks; default: the standard library")
     add("--kl", action="store_true", help="and the distance from dense attention")
     add("--out", type=Path, default=Path("results/eval"), help="folder; an old run goes on")
-    add("--model", default=str(MODEL), help="folder or name")
+    add(
+        "--model",
+        type=_model,
+        default=str(MODEL),
+        help=f"folder or name; {', '.join(MODELS)} where get-model has put them",
+    )
     add("--server", metavar="URL", help="of a running vllm serve, in place of an engine here")
     add("--batch", type=int, default=1, help="questions at a time, each in all variants")
     add("--requests", type=int, default=16, help="most requests at a time")
@@ -104,6 +120,7 @@ def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespa
     add("--recent", type=int, default=32, help="last tokens, part of the budget")
     add("--working-set", type=int, help="tokens; default: 512, or the largest budget")
     add("--block-size", type=int, default=32, help="tokens")
+    add("--dtype", default="auto", help="float32 is several times as fast on CPUs without AVX-512")
     # Not spaCy, which works beside the engine: whether a request's first steps still run
     # densely would depend on the machine's load.
     add("--segmenter", choices=("punctuation", "fixed"), default="punctuation")

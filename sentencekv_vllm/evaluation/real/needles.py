@@ -10,8 +10,10 @@ from itertools import pairwise, permutations
 from ..items import Item
 from .maker import Maker, Turn
 
-REPLY = 128  # tokens of RULER's needles
-TRACKING_REPLY = 30  # of its variable tracking
+# Tokens. RULER lets a model go on for 128, which a base model fills with anything; the prompt ends
+# with the answer's first words, so the values come at once.
+VALUE_REPLY, SPARE_REPLY = 16, 8
+TRACKING_REPLY = 30  # as RULER has it
 HOPS = 3
 
 # Any two make a key; the values are random, so nothing can be answered by heart.
@@ -57,7 +59,7 @@ def needles(rng: random.Random, maker: Maker, keys: int, values: int, asked: int
         ask=f"\nWhat {be} {which} {what} for {key} mentioned in the provided text?",
         prefix=f"The {what} for {key} mentioned in the provided text {be}",
         wanted=answers,
-        max_tokens=REPLY,
+        max_tokens=VALUE_REPLY * len(answers) + SPARE_REPLY,
         target="" if many else f" {answers[0]}.",
     )
     text = maker.haystack(rng, planted, maker.room(_HEAD, turn))
