@@ -43,8 +43,13 @@ def identity(model: nn.Module, model_config: Any, geometry: Geometry, rank: int,
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters, by the names that they have without LoRA, and the tables of RoPE."""
-    found = [(name.replace(".base_layer", ""), p.data) for name, p in model.named_parameters()]
+    """Parameters, by the names that they have without LoRA, and the tables of RoPE. Experts are
+    left out: which of them are on a rank depends on more than tensor parallelism."""
+    found = [
+        (name.replace(".base_layer", ""), p.data)
+        for name, p in model.named_parameters()
+        if ".experts." not in name
+    ]
     tables = [named for named in model.named_buffers() if named[0].endswith("cos_sin_cache")]
     return found + tables
 
