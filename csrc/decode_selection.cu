@@ -5,7 +5,7 @@
 
 using sentencekv::DecodeSelectionArgs;
 
-/// Returns cudaErrorInvalidValue where rank_sentences, resolve_residency or gather_misses would.
+/// Returns cudaErrorInvalidValue where rank, resolve_residency or gather_misses would.
 extern "C" cudaError_t sentencekv_decode_selection(const DecodeSelectionArgs* args,
                                                    cudaStream_t stream) {
   DecodeSelectionArgs a = *args;

@@ -54,6 +54,9 @@ struct alignas(16) int4 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
@@ -263,7 +266,7 @@ void host_warp_exchange(const host_cuda::Words& words, Read read) {
 /// What the lane that `from` names, by its own lane number, shows to its warp.
 template <class T, class From>
 T host_shuffle(T value, From from) {
-  static_assert(sizeof(T) == sizeof(uint32_t), "lanes exchange 32 bits");
+  static_assert(sizeof(T) <= sizeof(host_cuda::Words), "what a lane shows");
   host_cuda::Words words{};
   std::memcpy(words.data(), &value, sizeof(T));
   host_warp_exchange(words, [&](const host_cuda::Words* shown) {
@@ -277,6 +280,31 @@ inline int __shfl_up_sync(unsigned, int value, int distance) {
 }
 
 inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fdiv_rn(float x, float y) { return x / y; }
+inline float __int2float_rn(int x) { return static_cast<float>(x); }
+inline float __ll2float_rn(long long x) { return static_cast<float>(x); }
+
+/// Rounded down.
+inline float __fadd_rd(float x, float y) {
+  const float near = x + y;
+  const double rest = x - (static_cast<double>(near) - y);  // both differences are exact
+  return rest < 0 ? std::nextafterf(near, -INFINITY) : near;
+}
+
+/// Truncated; 0 for NaN, and the nearest integer for what no integer is near.
+inline int __float2int_rz(float x) {
+  if (!(x == x)) return 0;
+  if (x >= 2147483648.0f) return INT32_MAX;
+  return x <= -2147483648.0f ? INT32_MIN : static_cast<int>(x);
+}
+
+/// `sum` plus the products of four signed bytes each.
+inline int __dp4a(int x, int y, int sum) {
+  for (int i = 0; i < 4; ++i) {
+    sum += static_cast<int8_t>(x >> 8 * i) * static_cast<int8_t>(y >> 8 * i);
+  }
+  return sum;
+}
 
 inline unsigned __umulhi(unsigned x, unsigned y) {
   return static_cast<unsigned>(static_cast<uint64_t>(x) * y >> 32);

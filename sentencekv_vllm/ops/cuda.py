@@ -23,11 +23,12 @@ from .native_build import BuildError
 
 logger = logging.getLogger(__name__)
 
-CHUNK_TOKENS, GRANULE = 1024, 16  # as in the kernels, and in triton_kernels/workspace.py
-MAX_GROUP, MAX_CHANNELS = 8, 256  # of score_tokens and rank_sentences
-QUANTIZED_DIMS = (64, 128, 256)  # of queries that score_tokens rotates itself
+MAX_GROUP, MAX_BLOCKS = 8, 8192  # of `rank`: query heads a KV head, blocks of a request
+MAX_PLANES = 256  # of `score_blocks`
+ALIGNMENT = 16  # bytes: of what `score_blocks` loads as vectors
 QUERY_TYPES = (torch.bfloat16, torch.float16, torch.float32)  # as in quantize_query.cuh
-RANK_ARGUMENTS = 23  # of rank_sentences
+RANK_ARGUMENTS = 26  # of `rank`, among which are these
+PAGES, STEP, LO, BUDGET, BLOCKS, COVERAGE = 2, 12, 16, 18, 21, 22
 
 
 class ResolveResidencyArgs(Structure):
@@ -46,39 +47,55 @@ class ResolveResidencyArgs(Structure):
     )  # fmt: skip
 
 
-class ScoreTokensArgs(Structure):
-    """As in `csrc/include/sentencekv/score_tokens.cuh`."""
+class QuantizeQueryArgs(Structure):
+    """As in `csrc/include/sentencekv/quantize_query.cuh`."""
 
     _fields_ = (
         *((name, c_void_p) for name in (
-            "bits", "scales", "query", "rotation", "levels", "steps", "pages", "num_pages",
-            "sentence_ends", "num_sentences", "first", "history_lo", "history_hi", "index_kind",
-            "reduce", "byte_rows", "best", "partial",
+            "query", "map", "index_kind", "levels", "steps", "mean_levels", "mean_steps",
         )),
-        *((name, c_int64) for name in ("pages_stride", "ends_stride", "first_stride")),
-        ("scale", c_float),
         *((name, c_int32) for name in (
-            "num_requests", "num_heads", "group", "num_byte_rows", "block_size", "max_pages",
-            "max_sentences", "max_chunks", "scales_are_bf16", "query_type", "token_bits",
-            "softmax_mean", "granules_per_page", "page_factor",  # the last two by the launcher
+            "num_requests", "num_heads", "group", "head_dim", "code_width", "bits", "query_type",
+            "token_codes",
         )),
     )  # fmt: skip
 
 
-class RankSentencesArgs(Structure):
-    """As in `csrc/include/sentencekv/rank_sentences.cuh`."""
+class ScoreBlocksArgs(Structure):
+    """As in `csrc/include/sentencekv/score_blocks.cuh`."""
 
     _fields_ = (
         *((name, c_void_p) for name in (
-            "best", "partial", "row_pages", "kept", "num_pages", "sentence_ends",
-            "num_sentences", "first", "history_lo", "history_hi", "budget_blocks", "index_kind",
-            "reduce", "retention", "seeds", "step", "scores", "mass", "blocks", "coverage",
+            "codes", "scales", "means", "mean_scales", "levels", "steps", "mean_levels",
+            "mean_steps", "pages", "num_pages", "index_kind", "tops", "sums",
         )),
-        *((name, c_int64) for name in ("row_pages_stride", "ends_stride", "first_stride")),
+        ("pages_stride", c_int64),
+        ("unit", c_float),
+        *((name, c_int32) for name in (
+            "num_requests", "num_heads", "group", "num_byte_rows", "head_dim", "block_size",
+            "columns", "max_blocks", "token_codes",
+            "granules_per_page", "pages_per_chunk",  # by the launcher
+        )),
+    )  # fmt: skip
+
+
+class RankArgs(Structure):
+    """As in `csrc/include/sentencekv/rank_args.cuh`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in (
+            "tops", "sums", "pages", "page_kept", "best", "row_pages", "kept", "sentence_ends",
+            "num_sentences", "first", "reduce", "seeds", "step", "scores", "mass", "num_pages",
+            "history_lo", "history_hi", "budget_blocks", "index_kind", "retention", "blocks",
+            "coverage",
+        )),
+        *((name, c_int64) for name in (
+            "pages_stride", "row_pages_stride", "ends_stride", "first_stride",
+        )),
         *((name, c_int32) for name in (
             "num_requests", "num_heads", "group", "block_size", "rows_per_page", "max_sentences",
-            "max_chunks", "max_selected", "max_blocks", "chunk_tokens", "token_bits", "random",
-            "softmax_mean", "max_of_group",
+            "max_selected", "max_blocks", "mass_blocks", "token_codes", "random", "softmax_mean",
+            "max_of_group",
         )),
     )  # fmt: skip
 
@@ -97,7 +114,7 @@ class DecodeSelectionArgs(Structure):
     """As in `csrc/include/sentencekv/decode_selection.cuh`."""
 
     _fields_ = (
-        ("rank", RankSentencesArgs),
+        ("rank", RankArgs),
         ("resolve", ResolveResidencyArgs),
         ("gather", GatherMissesArgs),
     )
@@ -117,8 +134,9 @@ def load(path: Path) -> ctypes.CDLL:
     """A library with the C ABI of `csrc/*.cu`."""
     lib = ctypes.CDLL(str(path))
     for name, args in (
-        ("score_tokens", ScoreTokensArgs),
-        ("rank_sentences", RankSentencesArgs),
+        ("quantize_query", QuantizeQueryArgs),
+        ("score_blocks", ScoreBlocksArgs),
+        ("rank", RankArgs),
         ("resolve_residency", ResolveResidencyArgs),
         ("decode_selection", DecodeSelectionArgs),
         ("gather_misses", GatherMissesArgs),
@@ -215,89 +233,114 @@ class Launcher:
             *(num_requests, num_heads, max_blocks, num_slots),
         )
 
-    def score_tokens(
+    def quantize_query(
         self,
-        bits: Tensor,
-        scales: Tensor,
-        query: Tensor | None,
-        rotation: Tensor | None,
+        query: Tensor,
+        query_map: Tensor,
+        index_kind: Tensor,
         levels: Tensor,
         steps: Tensor,
+        mean_levels: Tensor,
+        mean_steps: Tensor,
+        bits: int,
+    ) -> None:
+        """See `ops.quantize_query`; of the requests of TOKEN_CODES.
+
+        Args:
+            query: [S, H * G, D] contiguous, D a multiple of 16 up to 256, bf16, fp16 or float32.
+            query_map: [H, D, D] float32.
+            index_kind: [S].
+            levels: [>= S, H * G, W] int8; mean_levels: [>= S, H * G, D] int8; steps, mean_steps:
+                [>= S, H * G] float32; written.
+            bits: of a code, 1 or 2.
+        """
+        (num_requests, query_heads, dim), num_heads = query.shape, len(query_map)
+        assert query_map.shape == (num_heads, dim, dim) and mean_levels.shape[1:] == query.shape[1:]
+        assert index_kind.dtype == torch.int32 and query_map.dtype == torch.float32
+        assert levels.dtype == mean_levels.dtype == torch.int8
+        assert steps.dtype == mean_steps.dtype == torch.float32
+        written = (levels, steps, mean_levels, mean_steps)
+        assert all(t.is_contiguous() for t in (query, query_map, index_kind, *written))
+        args = QuantizeQueryArgs(
+            *(t.data_ptr() for t in (query, query_map, index_kind, *written)),
+            *(num_requests, num_heads, query_heads // num_heads, dim, levels.shape[2], bits),
+            *(QUERY_TYPES.index(query.dtype), IndexKind.TOKEN_CODES),
+        )
+        self._call("quantize_query", args, levels)
+
+    def score_blocks(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        means: Tensor,
+        mean_scales: Tensor,
+        levels: Tensor,
+        steps: Tensor,
+        mean_levels: Tensor,
+        mean_steps: Tensor,
         pages: Tensor,
         num_pages: Tensor,
-        sentence_ends: Tensor,
-        num_sentences: Tensor,
-        first: Tensor,
-        history_lo: Tensor,
-        history_hi: Tensor,
         index_kind: Tensor,
-        reduce: Tensor,
-        byte_rows: Tensor,
-        best: Tensor,
-        partial: Tensor,
-        scale: float,
+        tops: Tensor,
+        sums: Tensor,
+        unit: float,
     ) -> None:
-        """See `triton_kernels.score_tokens`, whose twin it is, with `quantize_query` before it.
+        """See `ops.score_blocks`; of the requests of TOKEN_CODES.
 
         Args:
-            bits: [P, H, E / 8, N] uint8; scales: [P, H, N] bf16 or fp16.
-            query: [S, H * G, D] contiguous, D = E in `QUANTIZED_DIMS`, bf16, fp16 or float32; None:
-                it is quantised in `levels` and `steps`, which are not read otherwise.
-            rotation: [D, D] float32, that of `ops.rotation`; with a query only.
-            levels: [>= S, H * G, E] int8, G at most 8; steps: [>= S, H * G] float32.
-            pages, sentence_ends, first: [>= S, .]; rows may lie apart.
-            best: [>= S, H, I, G], raised; partial: [>= S, H, chunks, 2, G] float32, written.
-            scale: of the logits.
+            codes: [P, H, W / 8, N] uint8, W at most 256; scales: [P, H, N] bf16.
+            means: [P, H, D] int8; mean_scales: [P, H] float32.
+            levels, steps, mean_levels, mean_steps: as `quantize_query` leaves them.
+            pages: [S, .], rows may lie apart; num_pages, index_kind: [S].
+            tops, sums: [>= S, H, G, B], G at most 8; written up to `num_pages`.
+            unit: `ops.score_blocks.unit_factor` of the scale of the logits.
         """
-        requests, (_, num_heads, byte_rows_kept, block_size) = len(num_pages), bits.shape
-        rows = (pages, sentence_ends, first)
-        whole = (num_pages, num_sentences, history_lo, history_hi, index_kind, reduce, byte_rows)
-        assert all(t.dtype == torch.int32 for t in (*rows, *whole, best))
-        assert all(t.stride(-1) == 1 for t in rows)
-        assert all(t.is_contiguous() for t in (*whole, bits, scales, levels, steps, best, partial))
-        assert scales.dtype in (torch.bfloat16, torch.float16) and levels.dtype == torch.int8
-        query_type = 0
-        if query is not None:
-            assert rotation is not None and rotation.is_contiguous() and query.is_contiguous()
-            assert rotation.shape == (query.shape[-1], 8 * byte_rows_kept)
-            assert query.shape[-1] == 8 * byte_rows_kept and query.shape[-1] in QUANTIZED_DIMS
-            query_type = QUERY_TYPES.index(query.dtype)
+        requests, (_, num_heads, byte_rows, block_size) = len(num_pages), codes.shape
+        assert all(t.dtype == torch.int32 for t in (pages, num_pages, index_kind, tops, sums))
+        assert codes.dtype == torch.uint8 and scales.dtype == torch.bfloat16
+        assert means.dtype == levels.dtype == mean_levels.dtype == torch.int8
+        assert all(t.dtype == torch.float32 for t in (mean_scales, steps, mean_steps))
+        assert levels.shape[2] == 8 * byte_rows and mean_levels.shape[2] == means.shape[2]
+        assert tops.shape == sums.shape and tops.shape[3] >= pages.shape[1]
+        assert pages.stride(-1) == 1
+        vectors = (codes, scales, means)
+        assert all(t.data_ptr() % ALIGNMENT == 0 for t in vectors), "vectors are aligned"
         tensors = (
-            *(bits, scales, query, rotation, levels, steps, pages, num_pages, sentence_ends),
-            *(num_sentences, first, history_lo, history_hi, index_kind, reduce, byte_rows),
-            *(best, partial),
+            *(codes, scales, means, mean_scales, levels, steps, mean_levels, mean_steps),
+            *(pages, num_pages, index_kind, tops, sums),
         )
-        args = ScoreTokensArgs(
-            *(None if t is None else t.data_ptr() for t in tensors),
-            *(pages.stride(0), sentence_ends.stride(0), first.stride(0)),
-            scale,
-            *(requests, num_heads, best.shape[3], byte_rows_kept, block_size),
-            *(pages.shape[1], best.shape[2], partial.shape[2]),
-            *(scales.dtype == torch.bfloat16, query_type),
-            *(IndexKind.TOKEN_BITS, Reduce.SOFTMAX_MEAN),
+        assert all(t.is_contiguous() for t in tensors if t is not pages)
+        args = ScoreBlocksArgs(
+            *(t.data_ptr() for t in tensors),
+            pages.stride(0),
+            unit,
+            *(requests, num_heads, tops.shape[2], byte_rows, means.shape[2], block_size),
+            *(pages.shape[1], tops.shape[3], IndexKind.TOKEN_CODES),
         )
-        self._call("score_tokens", args, best)
+        self._call("score_blocks", args, tops)
 
-    def rank_sentences(self, *tensors_and_sizes: Any) -> None:
-        """From `best` to the selection: the reduction over the group and `ops.select_blocks`;
-        arguments as in `_rank_args`."""
-        self._call("rank_sentences", self._rank_args(*tensors_and_sizes), tensors_and_sizes[0])
+    def rank(self, *tensors_and_sizes: Any) -> None:
+        """From `score_blocks`, or from `best`, to the selection: `ops.rank_blocks`, or the
+        reduction over the group and `ops.select_blocks`; arguments as in `_rank_args`."""
+        args = self._rank_args(*tensors_and_sizes)
+        self._call("rank", args, tensors_and_sizes[BLOCKS])
 
     def decode_selection(self, *tensors_and_sizes: Any) -> None:
-        """`rank_sentences`, `resolve_residency` and `gather_misses` in one launch.
+        """`rank`, `resolve_residency` and `gather_misses` in one launch.
 
         Args:
-            tensors_and_sizes: those of `rank_sentences`; of `resolve_residency` from `pages` on
-                those that are not among them; `host` and `cache` of `gather_misses`.
+            tensors_and_sizes: those of `rank`; of `resolve_residency` those that are not among
+                them, from `private_blocks` on; `host` and `cache` of `gather_misses`.
         """
         rank, rest = tensors_and_sizes[:RANK_ARGUMENTS], tensors_and_sizes[RANK_ARGUMENTS:]
-        pages, private_blocks, page_slot, slot_page, slot_stamp, *written, host, cache = rest
-        budget_blocks, step, blocks, coverage = (rank[i] for i in (10, 15, 18, 19))
+        private_blocks, page_slot, slot_page, slot_stamp, *written, host, cache = rest
+        pages, step, history_lo, budget_blocks = (rank[i] for i in (PAGES, STEP, LO, BUDGET))
+        blocks, coverage = rank[BLOCKS], rank[COVERAGE]
         head_tables, misses, miss_counts, *totals = written
         args = DecodeSelectionArgs(
             self._rank_args(*rank),
             self._resolve_args(
-                *(blocks, coverage, pages, private_blocks, budget_blocks, rank[8], step),
+                *(blocks, coverage, pages, private_blocks, budget_blocks, history_lo, step),
                 *(page_slot, slot_page, slot_stamp, head_tables, misses, miss_counts, *totals),
             ),
             self._gather_args(host, cache, misses, miss_counts[: len(budget_blocks)]),
@@ -306,64 +349,72 @@ class Launcher:
 
     def _rank_args(
         self,
+        tops: Tensor,
+        sums: Tensor,
+        pages: Tensor,
+        page_kept: Tensor | None,
         best: Tensor,
-        partial: Tensor,
         row_pages: Tensor,
-        kept: Tensor,
-        num_pages: Tensor,
+        kept: Tensor | None,
         sentence_ends: Tensor,
         num_sentences: Tensor,
         first: Tensor,
-        history_lo: Tensor,
-        history_hi: Tensor,
-        budget_blocks: Tensor,
-        index_kind: Tensor,
         reduce: Tensor,
-        retention: Tensor,
         seeds: Tensor,
         step: Tensor,
         scores: Tensor,
         mass: Tensor,
+        num_pages: Tensor,
+        history_lo: Tensor,
+        history_hi: Tensor,
+        budget_blocks: Tensor,
+        index_kind: Tensor,
+        retention: Tensor,
         blocks: Tensor,
         coverage: Tensor,
         block_size: int,
         rows_per_page: int,
-        max_blocks: int,
-    ) -> RankSentencesArgs:
+        group: int,
+    ) -> RankArgs:
         """Check and pack.
 
         Args:
-            best: [>= S, H, I, G], G at most 8, emptied; partial: as `score_tokens` leaves it.
-            row_pages, sentence_ends, first: [>= S, .]; rows may lie apart.
+            tops, sums: [>= S, H, G, B], G at most 8, as `score_blocks` leaves them; without
+                elements where no request is one of TOKEN_CODES, and page_kept None.
+            page_kept: [P, H] uint8, written.
+            best: [>= S, H, I, G], emptied; without elements where rows hold no vector, kept None.
             kept: [P * M, H] uint8, written; retention: [S] float32; step: [1].
-            scores: [>= S, H, I] float32; mass: [>= S, H, I + 1] float32; written.
+            pages, row_pages, sentence_ends, first: [>= S, .]; rows may lie apart; at most 8192
+                blocks a request.
+            scores, mass: [>= S, H, I] float32; written.
             blocks: [>= S, H, K]; coverage: [>= S, H] float32; written.
-            max_blocks: of the longest request, at most 8192.
+            group: G.
         """
-        requests, (_, num_heads, max_sentences, group) = len(num_pages), best.shape
-        rows = (row_pages, sentence_ends, first)
+        requests, (num_heads, max_sentences) = len(num_pages), scores.shape[1:]
+        rows = (pages, row_pages, sentence_ends, first)
         whole = (
-            *(num_pages, num_sentences, history_lo, history_hi, budget_blocks),
-            *(index_kind, reduce, seeds, step),
+            *(tops, sums, best, num_sentences, reduce, seeds, step, num_pages, history_lo),
+            *(history_hi, budget_blocks, index_kind, blocks),
         )
-        assert all(t.dtype == torch.int32 for t in (*rows, *whole, best, blocks))
+        assert all(t.dtype == torch.int32 for t in (*rows, *whole))
         assert all(t.stride(-1) == 1 for t in rows)
-        floats = (partial, retention, scores, mass, coverage)
-        assert all(t.dtype == torch.float32 for t in floats) and kept.dtype == torch.uint8
-        assert all(t.is_contiguous() for t in (*whole, *floats, best, kept, blocks))
+        floats, flags = (scores, mass, retention, coverage), (page_kept, kept)
+        assert all(t.dtype == torch.float32 for t in floats) and mass.shape == scores.shape
+        assert all(t is None or t.dtype == torch.uint8 and t.is_contiguous() for t in flags)
+        assert all(t.is_contiguous() for t in (*whole, *floats))
+        assert tops.shape == sums.shape and (kept is None or best.shape[2] == max_sentences)
         tensors = (
-            *(best, partial, row_pages, kept, num_pages, sentence_ends, num_sentences, first),
-            *(history_lo, history_hi, budget_blocks, index_kind, reduce, retention, seeds, step),
-            *(scores, mass, blocks, coverage),
+            *(tops, sums, pages, page_kept, best, row_pages, kept, sentence_ends, num_sentences),
+            *(first, reduce, seeds, step, scores, mass, num_pages, history_lo, history_hi),
+            *(budget_blocks, index_kind, retention, blocks, coverage),
         )
-        args = RankSentencesArgs(
-            *(t.data_ptr() for t in tensors),
-            *(row_pages.stride(0), sentence_ends.stride(0), first.stride(0)),
+        return RankArgs(
+            *(None if t is None else t.data_ptr() for t in tensors),
+            *(t.stride(0) for t in rows),
             *(requests, num_heads, group, block_size, rows_per_page, max_sentences),
-            *(partial.shape[2], blocks.shape[2], max_blocks, CHUNK_TOKENS),
-            *(IndexKind.TOKEN_BITS, IndexKind.RANDOM, Reduce.SOFTMAX_MEAN, Reduce.MAX),
+            *(blocks.shape[2], pages.shape[1], tops.shape[3]),
+            *(IndexKind.TOKEN_CODES, IndexKind.RANDOM, Reduce.SOFTMAX_MEAN, Reduce.MAX),
         )
-        return args
 
     def gather_misses(
         self, host: Tensor, cache: Tensor, misses: Tensor, miss_counts: Tensor

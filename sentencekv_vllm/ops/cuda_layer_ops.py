@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three calls a worker makes per layer on a GPU: Triton, with CUDA where data moves, where
+"""The calls a worker makes per layer on a GPU: Triton, with CUDA where data moves, where
 tensor cores count bits and where one block of threads does what would be many launches."""
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from torch import Tensor
 
 from ..triton_kernels.layer_ops import TritonOps
 from ..triton_kernels.quantize_query import quantize_query
+from ..triton_kernels.score_blocks import score_blocks
 from ..triton_kernels.score_summaries import score_summaries
-from ..triton_kernels.score_tokens import score_tokens
 from ..triton_kernels.workspace import Workspace
-from ..types import Geometry, LayerPools, SparseBatch
+from ..types import Basis, Geometry, LayerPools, SparseBatch
 from . import custom_ops as custom_ops  # registers torch.ops.sentencekv
-from .cuda import MAX_CHANNELS, MAX_GROUP, QUANTIZED_DIMS, library
+from .cuda import MAX_BLOCKS, MAX_GROUP, MAX_PLANES, library
 from .layer_ops import DecodeOutputs
+from .score_blocks import unit_factor
 
 
 class CudaOps(TritonOps):  # type: ignore[misc]  # mypy does not follow the mapped package
-    """`TritonOps` with ranking, residency and swap-in by the kernels of `csrc/`.
+    """`TritonOps` with scoring, ranking, residency and swap-in by the kernels of `csrc/`.
 
     Raises:
         RuntimeError: at the first step, where the kernels could not be built.
@@ -38,64 +39,65 @@ class CudaOps(TritonOps):  # type: ignore[misc]  # mypy does not follow the mapp
         pools: LayerPools,
         batch: SparseBatch,
         query: Tensor,
-        rotation: Tensor,
         out: DecodeOutputs,
     ) -> None:
-        if geometry.group_size > MAX_GROUP:
-            super().decode_layer(geometry, pools, batch, query, rotation, out)
+        if geometry.group_size > MAX_GROUP or batch.pages.shape[1] > MAX_BLOCKS:
+            super().decode_layer(geometry, pools, batch, query, out)
             return
-        self.score(geometry, pools, batch, query, rotation)
+        self.score(geometry, pools, batch, query)
         self.select_and_swap_in(geometry, pools, batch, out)
 
     def score(
-        self,
-        geometry: Geometry,
-        pools: LayerPools,
-        batch: SparseBatch,
-        query: Tensor,
-        rotation: Tensor | None = None,
+        self, geometry: Geometry, pools: LayerPools, batch: SparseBatch, query: Tensor
     ) -> None:
-        """Logits of all sentences, to `best` of the workspace.
+        """Masses of all blocks, and logits of all sentences, to the workspace."""
+        if pools.basis is not None:
+            if geometry.code_width <= MAX_PLANES:
+                self.quantize_query(pools.basis, batch, query)
+                self.score_blocks(geometry, pools, batch)
+            else:
+                quantize_query(geometry, pools.basis, query, self._work)
+                score_blocks(geometry, pools, batch, self._work)
+        if not batch.token_codes_only and pools.centroids is not None:
+            score_summaries(geometry, pools, batch, query, self._work)
 
-        Args:
-            rotation: of the query, which is quantised first; None: the workspace holds its levels.
-        """
+    def quantize_query(self, basis: Basis, batch: SparseBatch, query: Tensor) -> None:
+        """Levels and steps of the queries of TOKEN_CODES requests."""
         work = self._work
-        fits = pools.scales.dtype.itemsize == 2 and geometry.index_dim <= MAX_CHANNELS
-        rotates = fits and geometry.index_dim == geometry.head_dim in QUANTIZED_DIMS
-        if rotation is not None and not rotates:
-            quantize_query(query, rotation, work.levels, work.steps)
-            rotation = None
-        if fits:
-            torch.ops.sentencekv.score_tokens(
-                pools.bits,
-                pools.scales,
-                None if rotation is None else query,
-                rotation,
-                work.levels,
-                work.steps,
-                batch.pages,
-                batch.num_pages,
-                batch.sentence_ends,
-                batch.num_sentences,
-                work.first,
-                batch.history_lo,
-                batch.history_hi,
-                batch.index_kind,
-                batch.reduce,
-                batch.byte_rows,
-                work.best,
-                work.partial,
-                geometry.scale,
-            )
-        else:
-            score_tokens(geometry, pools, batch, work)
-        if not batch.token_bits_only:
-            score_summaries(geometry, pools, batch, query, work)
+        torch.ops.sentencekv.quantize_query(
+            query,
+            basis.query_map,
+            batch.index_kind,
+            work.levels,
+            work.steps,
+            work.mean_levels,
+            work.mean_steps,
+            basis.bits,
+        )
+
+    def score_blocks(self, geometry: Geometry, pools: LayerPools, batch: SparseBatch) -> None:
+        """Tops and sums, from what `quantize_query` left."""
+        work = self._work
+        torch.ops.sentencekv.score_blocks(
+            pools.codes,
+            pools.scales,
+            pools.means,
+            pools.mean_scales,
+            work.levels,
+            work.steps,
+            work.mean_levels,
+            work.mean_steps,
+            batch.pages,
+            batch.num_pages,
+            batch.index_kind,
+            work.tops,
+            work.sums,
+            unit_factor(geometry.scale),
+        )
 
     def rank(self, geometry: Geometry, pools: LayerPools, batch: SparseBatch) -> None:
-        """From the logits to the selected blocks."""
-        torch.ops.sentencekv.rank_sentences(*self._rank_arguments(geometry, pools, batch))
+        """From masses and logits to the selected blocks."""
+        torch.ops.sentencekv.rank(*self._rank_arguments(geometry, pools, batch))
 
     def select_and_swap_in(
         self, geometry: Geometry, pools: LayerPools, batch: SparseBatch, out: DecodeOutputs
@@ -103,7 +105,6 @@ class CudaOps(TritonOps):  # type: ignore[misc]  # mypy does not follow the mapp
         """`rank` and `reuse_selection` in one launch."""
         torch.ops.sentencekv.decode_selection(
             *self._rank_arguments(geometry, pools, batch),
-            batch.pages,
             batch.private_blocks,
             pools.page_slot,
             pools.slot_page,
@@ -120,32 +121,35 @@ class CudaOps(TritonOps):  # type: ignore[misc]  # mypy does not follow the mapp
 
     def _rank_arguments(
         self, geometry: Geometry, pools: LayerPools, batch: SparseBatch
-    ) -> tuple[Tensor | int, ...]:
+    ) -> tuple[Tensor | int | None, ...]:
         work = self._work
         return (
+            work.tops,
+            work.sums,
+            batch.pages,
+            pools.page_kept,
             work.best,
-            work.partial,
             batch.row_pages,
             pools.kept,
-            batch.num_pages,
             batch.sentence_ends,
             batch.num_sentences,
             work.first,
-            batch.history_lo,
-            batch.history_hi,
-            batch.budget_blocks,
-            batch.index_kind,
             batch.reduce,
-            batch.retention,
             batch.seed,
             work.step,
             work.scores,
             work.mass,
+            batch.num_pages,
+            batch.history_lo,
+            batch.history_hi,
+            batch.budget_blocks,
+            batch.index_kind,
+            batch.retention,
             work.blocks,
             work.coverage,
             geometry.block_size,
             geometry.rows_per_page,
-            batch.pages.shape[1],
+            geometry.group_size,
         )
 
     def resolve_residency(self, pools: LayerPools, batch: SparseBatch, out: DecodeOutputs) -> None:

@@ -15,29 +15,27 @@ import torch
 
 from .cuda import Launcher, library
 
+RANKED = (
+    "Tensor tops, Tensor sums, Tensor pages, Tensor(q!)? page_kept, Tensor(a!) best, "
+    "Tensor row_pages, Tensor(b!)? kept, Tensor sentence_ends, Tensor num_sentences, Tensor first, "
+    "Tensor reduce, Tensor seeds, Tensor step, Tensor(c!) scores, Tensor(d!) mass, "
+    "Tensor num_pages, Tensor history_lo, Tensor history_hi, Tensor budget_blocks, "
+    "Tensor index_kind, Tensor retention, Tensor(e!) blocks, Tensor(f!) coverage, "
+    "int block_size, int rows_per_page, int group"
+)
 SCHEMAS = {
-    "score_tokens": (
-        "(Tensor bits, Tensor scales, Tensor? query, Tensor? rotation, Tensor levels, "
-        "Tensor steps, Tensor pages, Tensor num_pages, Tensor sentence_ends, "
-        "Tensor num_sentences, Tensor first, Tensor history_lo, Tensor history_hi, "
-        "Tensor index_kind, Tensor reduce, Tensor byte_rows, Tensor(a!) best, "
-        "Tensor(b!) partial, float scale) -> ()"
+    "quantize_query": (
+        "(Tensor query, Tensor query_map, Tensor index_kind, Tensor(a!) levels, Tensor(b!) steps, "
+        "Tensor(c!) mean_levels, Tensor(d!) mean_steps, int bits) -> ()"
     ),
-    "rank_sentences": (
-        "(Tensor(a!) best, Tensor partial, Tensor row_pages, Tensor(b!) kept, Tensor num_pages, "
-        "Tensor sentence_ends, Tensor num_sentences, Tensor first, Tensor history_lo, "
-        "Tensor history_hi, Tensor budget_blocks, Tensor index_kind, Tensor reduce, "
-        "Tensor retention, Tensor seeds, Tensor step, Tensor(c!) scores, Tensor(d!) mass, "
-        "Tensor(e!) blocks, Tensor(f!) coverage, "
-        "int block_size, int rows_per_page, int max_blocks) -> ()"
+    "score_blocks": (
+        "(Tensor codes, Tensor scales, Tensor means, Tensor mean_scales, Tensor levels, "
+        "Tensor steps, Tensor mean_levels, Tensor mean_steps, Tensor pages, Tensor num_pages, "
+        "Tensor index_kind, Tensor(a!) tops, Tensor(b!) sums, float unit) -> ()"
     ),
+    "rank": f"({RANKED}) -> ()",
     "decode_selection": (
-        "(Tensor(a!) best, Tensor partial, Tensor row_pages, Tensor(b!) kept, Tensor num_pages, "
-        "Tensor sentence_ends, Tensor num_sentences, Tensor first, Tensor history_lo, "
-        "Tensor history_hi, Tensor budget_blocks, Tensor index_kind, Tensor reduce, "
-        "Tensor retention, Tensor seeds, Tensor step, Tensor(c!) scores, Tensor(d!) mass, "
-        "Tensor(e!) blocks, Tensor(f!) coverage, "
-        "int block_size, int rows_per_page, int max_blocks, Tensor pages, Tensor private_blocks, "
+        f"({RANKED}, Tensor private_blocks, "
         "Tensor(g!) page_slot, Tensor(h!) slot_page, Tensor(i!) slot_stamp, "
         "Tensor(j!) head_tables, Tensor(k!) misses, Tensor(l!) miss_counts, "
         "Tensor(m!) hit_totals, Tensor(n!) miss_totals, Tensor(o!) coverage_totals, Tensor host, "

@@ -71,7 +71,6 @@ def make_world(requests: int, heads: int, history: int, slots: int, numel: int, 
     pools = LayerPools(
         cache=torch.full((num_blocks, heads, 1, numel), float("nan")),
         host=torch.randn(num_pages, heads, 1, numel, generator=g),
-        bits=unused, scales=unused, centroids=unused, kept=unused,
         page_slot=torch.full((num_pages, heads), -1, dtype=torch.int32),
         slot_page=torch.full((num_blocks, heads), -1, dtype=torch.int32),
         slot_stamp=torch.full((num_blocks, heads), -1, dtype=torch.int32),
@@ -85,7 +84,7 @@ def make_world(requests: int, heads: int, history: int, slots: int, numel: int, 
         history_hi=torch.full((requests,), history, dtype=torch.int32),
         budget_blocks=torch.zeros(requests, dtype=torch.int32),
         private_blocks=block_ids[: requests * slots].view(requests, slots).contiguous(),
-        index_kind=unused, reduce=unused, retention=unused, seed=unused, byte_rows=unused, step=0,
+        index_kind=unused, reduce=unused, retention=unused, seed=unused, step=0,
     )  # fmt: skip
     return World(pools, batch)
 

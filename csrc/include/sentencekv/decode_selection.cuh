@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// From logits to resident blocks in one launch: what rank_sentences, resolve_residency and
+// From logits to resident blocks in one launch: what rank, resolve_residency and
 // gather_misses do in three, for one KV head of a request in one cluster of blocks of threads.
 #pragma once
 
-#include "rank_sentences.cuh"
+#include "rank.cuh"
 #include "resolve_residency.cuh"
 #include "swap_blocks.cuh"
 
@@ -12,7 +12,7 @@ namespace sentencekv {
 static_assert(kRankThreads <= kMaxResolveThreads, "a warp has a place for its total");
 
 struct DecodeSelectionArgs {
-  RankSentencesArgs rank;
+  RankArgs rank;
   ResolveResidencyArgs resolve;
   GatherMissesArgs gather;
 };
@@ -33,7 +33,7 @@ static __global__ void __launch_bounds__(kRankThreads, kGroup > 4 ? 1 : 2)
   const int64_t region = static_cast<int64_t>(s) * heads + h;
   const bool leads = cluster.rank == 0;
   RankShared& shared = *reinterpret_cast<RankShared*>(shared_of_block());
-  const bool all = rank_sentences<kGroup>(a.rank, cluster, shared, h, s);
+  const bool all = sentencekv::rank<kGroup>(a.rank, cluster, shared, h, s);
   if (leads) {
     __syncthreads();  // the selection
     resolve_residency(a.resolve, reinterpret_cast<unsigned char*>(&shared + 1), h, s);

@@ -7,71 +7,11 @@
 // twice, after other kernels, and instructions have to be fetched, too.
 #pragma once
 
-#include "cluster.cuh"
 #include "granule.hpp"
-#include "select_keys.cuh"
+#include "rank_args.cuh"
 #include "warp.cuh"
 
 namespace sentencekv {
-
-constexpr int kRankGroup = 8;  // query heads a KV head at most
-constexpr int kRankBlocks = 8192;  // of a request at most
-constexpr int kRankCluster = 8;
-
-/// S requests, H KV heads, G query heads a KV head, I sentences, N tokens and M rows a page.
-struct RankSentencesArgs {
-  int32_t* best;                 // [S, H, I, G] ordered logits; emptied
-  const float* partial;          // [S, H, chunks, 2, G]
-  const int32_t* row_pages;      // [S, .]
-  uint8_t* kept;                 // [P * M, H] selected at the last step; written
-  const int32_t* num_pages;      // [S]
-  const int32_t* sentence_ends;  // [S, .]
-  const int32_t* num_sentences;  // [S]
-  const int32_t* first;          // [S, .] sentence that holds token c * kGranule
-  const int32_t* history_lo;     // [S] blocks
-  const int32_t* history_hi;     // [S]
-  const int32_t* budget_blocks;  // [S]
-  const int32_t* index_kind;     // [S]
-  const int32_t* reduce;         // [S]
-  const float* retention;        // [S]
-  const int32_t* seeds;          // [S]
-  const int32_t* step;           // [1]
-  float* scores;                 // [S, H, I] written up to num_sentences
-  float* mass;                   // [S, H, I + 1] the same, and the resident tokens' at I
-  int32_t* blocks;               // [S, H, K] written: ascending, then -1
-  float* coverage;               // [S, H] written
-  int64_t row_pages_stride, ends_stride, first_stride;
-  int32_t num_requests, num_heads, group, block_size, rows_per_page;
-  int32_t max_sentences, max_chunks, max_selected, max_blocks;
-  int32_t chunk_tokens;
-  int32_t token_bits, random, softmax_mean, max_of_group;  // values of the enumerations
-};
-
-/// What a block of threads shares, and from `keys` on a key for each block of the longest request.
-struct alignas(16) RankShared {
-  float merged[kRankWarps][2][kRankGroup];   // of each warp: top and sum of each query head
-  float log_totals[kRankGroup];
-  float resident[kRankGroup];   // share of attention
-  float covered[kRankCluster];  // of each block of the cluster, in the first
-  int32_t end_code, end_sentence;
-  SelectShared select;
-  uint32_t keys[1];
-};
-
-static_assert(kRankBlocks <= kWarp * kRankThreads, "write_selected");
-
-inline bool rank_fits(const RankSentencesArgs& a) {
-  return a.group <= kRankGroup && a.max_blocks <= kRankBlocks;
-}
-
-inline size_t rank_shared_bytes(const RankSentencesArgs& a) {
-  return sizeof(RankShared) + sizeof(uint32_t) * a.max_blocks;
-}
-
-/// Blocks of threads that rank one KV head of a request.
-inline cudaError_t rank_cluster(const RankSentencesArgs& a, int* count) {
-  return blocks_per_unit(a.num_heads * a.num_requests, kRankCluster, count);
-}
 
 /// triton_kernels/score_sentences.py: random_score.
 __device__ inline float random_score(uint32_t seed, uint32_t step, uint32_t head, uint32_t sentence) {
@@ -94,22 +34,25 @@ struct Span {
 /// are fewer: a branch around a load would end the wait for it.
 template <int kGroup>
 struct HeadSentences {
-  const RankSentencesArgs& a;
+  const RankArgs& a;
   Cluster cluster;
-  int h, group, kind, mode, count, n, lo, hi, begin, end;
+  int h, kind, mode, count, n, lo, hi, begin, end;
+  bool is_random;
+  int group;
   int64_t head;
   const int32_t* ends;
   const int32_t* row_pages;
   int32_t* best;
   bool shares;  // the score is a share of attention
 
-  __device__ HeadSentences(const RankSentencesArgs& a, const Cluster& cluster, int h, int s)
-      : a(a), cluster(cluster), h(h), group(a.group), kind(a.index_kind[s]), mode(a.reduce[s]),
+  __device__ HeadSentences(const RankArgs& a, const Cluster& cluster, int h, int s)
+      : a(a), cluster(cluster), h(h), kind(a.index_kind[s]), mode(a.reduce[s]),
         count(a.num_sentences[s]), n(a.block_size), lo(a.history_lo[s]), hi(a.history_hi[s]),
+        is_random(kind == a.random), group(a.group),
         head(static_cast<int64_t>(s) * a.num_heads + h), ends(a.sentence_ends + s * a.ends_stride),
         row_pages(a.row_pages + s * a.row_pages_stride),
         best(a.best + head * a.max_sentences * group),
-        shares(kind != a.random && mode == a.softmax_mean) {
+        shares(!is_random && mode == a.softmax_mean) {
     const int share = (count + cluster.size - 1) / cluster.size;
     begin = min(cluster.rank * share, count);
     end = min(begin + share, count);
@@ -128,11 +71,9 @@ struct HeadSentences {
   }
 };
 
-/// The denominator of each query head: resident tokens and all sentences of the history.
+/// The denominator of each query head: all sentences of the history.
 template <int kGroup>
-__device__ inline void sum_shares(const HeadSentences<kGroup>& own, RankShared& shared,
-                                  int num_pages) {
-  const RankSentencesArgs& a = own.a;
+__device__ inline void sum_shares(const HeadSentences<kGroup>& own, RankShared& shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, group = own.group;
   LogSum total[kGroup];
 #pragma unroll
@@ -147,19 +88,7 @@ __device__ inline void sum_shares(const HeadSentences<kGroup>& own, RankShared& 
     for (int g = 0; g < kGroup; ++g) {
       total[g].add(span.inside() ? from_ordered(codes[g]) : minus_infinity());
     }
-    prefetch(own.flag(i));  // for `score_sentences`
-  }
-  LogSum resident = LogSum::none();
-  if (warp < group) {
-    if (own.kind == a.token_bits) {
-      const int chunks = (num_pages * own.n + a.chunk_tokens - 1) / a.chunk_tokens;
-      const float* source = a.partial + own.head * a.max_chunks * 2 * group + warp;
-#pragma unroll 1
-      for (int c = lane; c < chunks; c += kWarp) {
-        resident.merge({source[2 * c * group], source[(2 * c + 1) * group]});
-      }
-    }
-    resident.merge_over(kWarp - 1);
+    if (own.a.kept != nullptr) prefetch(own.flag(i));  // for `score_sentences`
   }
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
@@ -178,13 +107,7 @@ __device__ inline void sum_shares(const HeadSentences<kGroup>& own, RankShared& 
       all.merge({theirs[w % kRankWarps][0][warp], theirs[w % kRankWarps][1][warp]});
     }
     all.merge_over(kWarp - 1);
-    all.merge(resident);
-    if (lane == 0) {
-      const float log_total = all.top + logf(all.total);
-      shared.log_totals[warp] = log_total;
-      const bool none = resident.total == 0.0f;
-      shared.resident[warp] = none ? 0.0f : resident.total * expf(resident.top - log_total);
-    }
+    if (lane == 0) shared.log_totals[warp] = all.top + logf(all.total);
   }
   __syncthreads();
 }
@@ -214,30 +137,31 @@ __device__ inline float reduce_group(const HeadSentences<kGroup>& own, const int
 /// number, if it has one. The first block of the cluster holds them.
 template <int kGroup>
 __device__ inline void score_sentences(const HeadSentences<kGroup>& own, RankShared& shared, int s) {
-  const RankSentencesArgs& a = own.a;
+  const RankArgs& a = own.a;
   const float bonus = a.retention[s], nan = float_of(0x7fc00000u);
   const uint32_t seed = a.seeds[s], step = *a.step;
   float* scores = a.scores + own.head * a.max_sentences;
-  float* mass = a.mass + own.head * (a.max_sentences + 1);
+  float* mass = a.mass + own.head * a.max_sentences;
   uint32_t* keys = own.cluster.at(shared.keys, 0);
   uint32_t largest = 0, inverse_least = 0;
-  const bool is_random = own.kind == a.random;
 #pragma unroll 1
   for (int i = own.begin + static_cast<int>(threadIdx.x); i < own.end; i += kRankThreads) {
-    const uint8_t* flag = own.flag(i);
     const Span span = own.span(i);
     int32_t codes[kGroup];
+    float retained = 0.0f;
+    if (!own.is_random) {
+      if (a.kept != nullptr) retained = bonus * *own.flag(i);
 #pragma unroll
-    for (int g = 0; g < kGroup; ++g) codes[g] = *own.code(g, i);
-    const float retained = is_random ? 0.0f : bonus * *flag;
+      for (int g = 0; g < kGroup; ++g) codes[g] = *own.code(g, i);
+    }
     const bool inside = span.inside();
-    float score = is_random ? random_score(seed, step, own.h, i)
+    float score = own.is_random ? random_score(seed, step, own.h, i)
                             : reduce_group(own, codes, shared.log_totals);
     mass[i] = own.shares ? (inside ? expf(score) : 0.0f) : nan;
     score = inside ? score + retained : minus_infinity();
     scores[i] = score;
     if (!inside) continue;
-    if (!is_random) {
+    if (!own.is_random) {
 #pragma unroll
       for (int g = 0; g < kGroup; ++g) *own.code(g, i) = kLowest;
     }
@@ -283,19 +207,18 @@ __device__ inline int find_end_sentence(const HeadSentences<kGroup>& own, int s,
 template <int kGroup>
 __device__ inline float mark_selected(const HeadSentences<kGroup>& own, RankShared& shared,
                                       int32_t end_code, int end_sentence) {
-  const RankSentencesArgs& a = own.a;
+  const RankArgs& a = own.a;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const float* scores = a.scores + own.head * a.max_sentences;
-  const float* mass = a.mass + own.head * (a.max_sentences + 1);
+  const float* mass = a.mass + own.head * a.max_sentences;
   float covered = 0.0f;
 #pragma unroll 1
   for (int i = own.begin + static_cast<int>(threadIdx.x); i < own.end; i += kRankThreads) {
-    uint8_t* flag = own.flag(i);
     const float score = scores[i], part = mass[i];
     const int32_t code = to_ordered(score);
     const bool taken = score > minus_infinity() &&
                        (code > end_code || (code == end_code && i <= end_sentence));
-    *flag = taken;
+    if (a.kept != nullptr) *own.flag(i) = taken;
     covered += taken ? part : 0.0f;
   }
   covered = sum_over(covered, kWarp - 1);
@@ -308,7 +231,7 @@ __device__ inline float mark_selected(const HeadSentences<kGroup>& own, RankShar
 ///
 /// Returns whether all of the history was selected. After a barrier of the cluster `add_coverage`.
 template <int kGroup>
-__device__ inline bool rank_sentences(const RankSentencesArgs& a, const Cluster& cluster,
+__device__ inline bool rank_sentences(const RankArgs& a, const Cluster& cluster,
                                       RankShared& shared, int h, int s) {
   const HeadSentences<kGroup> own(a, cluster, h, s);
   const int thread = threadIdx.x, history = own.hi - own.lo, budget = a.budget_blocks[s];
@@ -320,7 +243,7 @@ __device__ inline bool rank_sentences(const RankSentencesArgs& a, const Cluster&
     if (thread == 0) shared.select.largest = shared.select.inverse_least = 0;
   }
   if (own.shares) {
-    sum_shares(own, shared, a.num_pages[s]);
+    sum_shares(own, shared);
   } else {
     cluster.sync();  // keys
   }
@@ -329,11 +252,6 @@ __device__ inline bool rank_sentences(const RankSentencesArgs& a, const Cluster&
 
   if (leads) {
     for (int k = budget + thread; k < a.max_selected; k += kRankThreads) blocks[k] = -1;
-    if (thread == 0) {
-      float resident = own.shares ? 0.0f : float_of(0x7fc00000u);
-      for (int g = 0; g < own.group; ++g) resident += own.shares ? shared.resident[g] : 0.0f;
-      a.mass[own.head * (a.max_sentences + 1) + a.max_sentences] = resident / own.group;
-    }
   }
   if (budget == history) {
     if (leads) {
@@ -361,27 +279,6 @@ __device__ inline bool rank_sentences(const RankSentencesArgs& a, const Cluster&
                                       *cluster.at(&shared.end_sentence, 0));
   if (thread == 0) *cluster.at(&shared.covered[cluster.rank], 0) = covered;
   return false;
-}
-
-/// One thread of a cluster's first block writes the share of attention that was selected.
-__device__ inline void add_coverage(const RankSentencesArgs& a, const Cluster& cluster,
-                                    const RankShared& shared, bool all, int h, int s) {
-  const int64_t head = static_cast<int64_t>(s) * a.num_heads + h;
-  float sum = a.mass[head * (a.max_sentences + 1) + a.max_sentences];
-  for (int r = 0; r < cluster.size; ++r) sum += all ? 0.0f : shared.covered[r];
-  a.coverage[head] = all ? 1.0f : sum;
-}
-
-/// Grid (H * cluster, S).
-template <int kGroup>
-static __global__ void __launch_bounds__(kRankThreads, kGroup > 4 ? 1 : 2)
-    rank_sentences_kernel(const RankSentencesArgs a) {
-  const Cluster cluster = Cluster::current();
-  const int h = blockIdx.x / cluster.size, s = blockIdx.y;
-  RankShared& shared = *reinterpret_cast<RankShared*>(shared_of_block());
-  const bool all = rank_sentences<kGroup>(a, cluster, shared, h, s);
-  cluster.sync();
-  if (cluster.rank == 0 && threadIdx.x == 0) add_coverage(a, cluster, shared, all, h, s);
 }
 
 }  // namespace sentencekv

@@ -116,6 +116,21 @@ __device__ inline int warp_sum(int value) {
 #endif
 }
 
+__device__ inline int64_t warp_sum(int64_t value) {
+  for (int bit = 1; bit < kWarp; bit *= 2) {
+    value += __shfl_xor_sync(kAllLanes, static_cast<long long>(value), bit);
+  }
+  return value;
+}
+
+__device__ inline int warp_max(int value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(kAllLanes, value);
+#else
+  return max_over(value, kWarp - 1);
+#endif
+}
+
 /// The running sum of exp(x - top) for x seen so far.
 struct LogSum {
   float top, total;
