@@ -106,6 +106,7 @@ def test_a_wheel_holds_every_source_and_data_file(wheel):
         ("configs", "**/*.yaml", "sentencekv_vllm/configs"),
         ("csrc", "**/*.[ch]*", "sentencekv_vllm/csrc"),
         ("sentencekv_vllm", "**/*.py", "sentencekv_vllm"),
+        ("sentencekv_vllm", "assets/*.txt", "sentencekv_vllm"),
         ("sentencekv_vllm", "assets/tiny-recall/*", "sentencekv_vllm"),
     ):
         files = [p.relative_to(ROOT / folder) for p in (ROOT / folder).glob(pattern)]
