@@ -202,5 +202,6 @@ def score_blocks(
         PAGES=pages,
         PAGES_PAD=max(16, pages),
         CHUNK=chunk,
+        enable_fp_fusion=False,
         num_warps=4 * max(1, padded // TILE),
     )

@@ -52,7 +52,7 @@ def test_registers_and_shared_memory_suffice(report):
 def test_a_decode_program_leaves_room_for_others(report):
     """Loads hide behind other programs: at least two of the streaming kernels fit at once."""
     for row in report:
-        if row["kernel"] in ("attend_split", "score_tokens", "swap_in"):
+        if row["kernel"] in ("attend_split", "score_blocks", "swap_in"):
             assert 2 * row["registers"] * row["warps"] * 32 <= REGISTERS, row
             assert 2 * row["shared_bytes"] <= SHARED_BYTES, row
 
@@ -61,7 +61,7 @@ OF_A_SERVER = {  # the same in all steps
     *("cache_block_stride", "cache_head_stride", "first_stride", "private_stride"),
     *("key_block_stride", "key_head_stride", "key_token_stride"),
     *("value_block_stride", "value_head_stride", "value_token_stride"),
-    *("num_private", "max_selected", "max_sentences", "max_chunks"),
+    *("num_private", "max_selected", "max_sentences", "max_pages"),
 }
 
 

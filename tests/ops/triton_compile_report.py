@@ -27,14 +27,17 @@ from sentencekv_vllm.ops.layer_ops import DecodeOutputs
 from sentencekv_vllm.triton_kernels.layer_ops import TritonOps
 from sentencekv_vllm.triton_kernels.sparse_decode import DecodeScratch, sparse_decode
 from sentencekv_vllm.triton_kernels.workspace import Workspace
-from sentencekv_vllm.types import Geometry, IndexKind, LayerPools, SparseBatch
+from sentencekv_vllm.types import Basis, Geometry, IndexKind, LayerPools, SparseBatch
 
 ARCHITECTURES = (80, 90)
-SHAPES = (  # head_dim, group, block_size, blocks of the longest request, selected blocks, dtype
-    (64, 1, 16, 512, 64, torch.float16),
-    (80, 7, 48, 512, 64, torch.bfloat16),
-    (128, 4, 16, 8192, 256, torch.bfloat16),
-    (256, 16, 128, 1024, 16, torch.bfloat16),
+SHAPES = (
+    # head_dim, group, block_size, width and bits of codes, blocks of the longest request, selected
+    # blocks, dtype
+    (64, 1, 16, 64, 1, 512, 64, torch.float16),
+    (80, 7, 48, 80, 2, 512, 64, torch.bfloat16),
+    (128, 4, 16, 128, 2, 32768, 256, torch.bfloat16),
+    (128, 4, 32, 128, 2, 4096, 256, torch.bfloat16),
+    (256, 16, 128, 512, 2, 1024, 16, torch.bfloat16),
 )
 
 
@@ -69,18 +72,30 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def launch_all(
-    head_dim: int, group: int, n: int, max_pages: int, selected: int, dtype: torch.dtype
+    head_dim: int,
+    group: int,
+    n: int,
+    width: int,
+    bits: int,
+    max_pages: int,
+    selected: int,
+    dtype: torch.dtype,
 ) -> None:
     """Every launcher once, over uninitialised tensors of real shapes."""
     s, h, m = 4, 8, 4
     pages, blocks, sentences = 64, 64, min(8192, max_pages * 2)
-    geometry = Geometry(1, h, group, head_dim, n, m, head_dim**-0.5)
+    geometry = Geometry(1, h, group, head_dim, n, m, head_dim**-0.5, 2, width)
     i32, u8, bf16 = torch.int32, torch.uint8, torch.bfloat16
+    maps = torch.empty(2, h, head_dim, head_dim)
     pools = LayerPools(
         cache=torch.empty(blocks, h, n, 2 * head_dim, dtype=dtype),
         host=torch.empty(pages, h, n, 2 * head_dim, dtype=dtype),
-        bits=torch.empty(pages, h, head_dim // 8, n, dtype=u8),
+        codes=torch.empty(pages, h, width // 8, n, dtype=u8),
         scales=torch.empty(pages, h, n, dtype=bf16),
+        means=torch.empty(pages, h, head_dim, dtype=torch.int8),
+        mean_scales=torch.empty(pages, h),
+        page_kept=torch.empty(pages, h, dtype=u8),
+        basis=Basis(maps[0], maps[1], torch.empty(h, head_dim), bits),
         centroids=torch.empty(pages * m, h, head_dim, dtype=bf16),
         kept=torch.empty(pages * m, h, dtype=u8),
         page_slot=torch.empty(pages, h, dtype=i32),
@@ -101,7 +116,7 @@ def launch_all(
                 dtype=torch.float32 if field.name == "retention" else i32,
             )
             for field in fields(SparseBatch)
-            if field.name != "step"
+            if field.name not in ("step", "token_codes_only")
         },
         step=3,
     )
@@ -114,20 +129,20 @@ def launch_all(
         stage_ns=torch.empty(4, dtype=torch.int64),
     )
     query = torch.empty(s, h * group, head_dim, dtype=dtype)
-    rotation, device = torch.empty(head_dim, head_dim), torch.device("cpu")
+    device = torch.device("cpu")
     ids = torch.empty(5, dtype=i32)
     ops = TritonOps(Workspace.allocate(geometry, s, max_pages, sentences, selected, device))
-    ops.index_pages(pools, ids, ids, ids, rotation)
+    ops.index_pages(pools, ids, ids, ids)
     for kind in (IndexKind.CENTROID, IndexKind.BOUNDS, IndexKind.MEAN_STD):
         ops.index_sentences(pools, ids, ids.expand(2, 5), ids.expand(3, 5), ids, kind)
     ops.begin_step(batch)
-    ops.decode_layer(geometry, pools, batch, query, rotation, out)
+    ops.decode_layer(geometry, pools, batch, query, out)
     for host_dtype in HostDtype if head_dim % GROUP_SIZES[-1] == 0 else ():
         form = host_format(host_dtype.name.lower(), n, head_dim, dtype.itemsize)
         assert form is not None
         stored = torch.empty(pages, h, form.head_block_bytes, dtype=u8)
         coarse = replace(pools, host=stored, host_format=form)
-        ops.index_pages(coarse, ids, ids, ids, rotation)
+        ops.index_pages(coarse, ids, ids, ids)
         ops.swap_in(coarse, batch)
     sparse_decode(
         query,
