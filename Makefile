@@ -34,8 +34,9 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# make demo MODEL=smollm2: a real model, from the package registry, on a real document
 demo: install
-	$(BIN)/python -P -m sentencekv_vllm.demo
+	$(BIN)/python -P -m sentencekv_vllm.demo $(if $(MODEL),--model $(MODEL)) $(DEMO_FLAGS)
 
 # make bench BENCH=kernels, or another file of benchmarks/
 bench: install

@@ -4,6 +4,7 @@
 Starts two vLLM servers with the embedded tiny-recall model and equal flags, asks both the same
 questions over the OpenAI API, and prints answers, memory, swap traffic and time per token.
 The exit status is 0 if every sentencekv answer is right and KV blocks were released.
+`make demo MODEL=smollm2`, or another model's folder: `evaluation.real.demo`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import yaml
 
 from .evaluation.comparison import HEADER, Question, Round, report, row, succeeded
+from .evaluation.real import demo as real
 from .evaluation.recall_tasks import make_prompt
 from .evaluation.served import Client
 from .evaluation.server import Server, ServerError
@@ -110,17 +112,26 @@ def ask_all(
     return rounds
 
 
+def _end_on_sigterm() -> None:
+    """Without a handler a terminated demo would leave its servers behind."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
     parser.add_argument("--depths", type=float, nargs="+", default=DEPTHS, metavar="SHARE")
+    parser.add_argument("--model", help="a real one: a folder, smollm2, qwen or gemma3")
+    parser.add_argument("--tokens", type=int, default=3072, help="of its prompts")
     options = parser.parse_args(arguments)
+    if options.model:
+        _end_on_sigterm()
+        return real.run(options.model, options.tokens)
     longest = max(options.lengths)
     if longest > max(LENGTHS):
         parser.error(f"the servers take prompts of at most {max(LENGTHS)} tokens, got {longest}")
-    # Without a handler a terminated demo would leave its servers behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    _end_on_sigterm()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         print(f"Starting two servers of {MODEL.name}: preset {PRESET}, and stock attention ...")

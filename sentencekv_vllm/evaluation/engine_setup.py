@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def longest_reply(options: argparse.Namespace) -> int:
 
 def kv_shape(options: argparse.Namespace) -> KVShape | None:
     """None where the model's configuration is not at hand."""
-    return KVShape.of_model(Path(options.model), options.block_size)
+    shape = KVShape.of_model(Path(options.model), options.block_size)
+    return replace(shape, element_bytes=4) if shape and options.dtype == "float32" else shape
 
 
 def history_tokens(options: argparse.Namespace) -> Callable[[int], int] | None:

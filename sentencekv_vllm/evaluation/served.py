@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
@@ -24,18 +25,19 @@ class Reply:
     seconds_per_token: float  # decode time by the engine's clock, per token after the first
     swapped_in_bytes: float
     swapped_out_bytes: float
+    seconds_to_first_token: float = math.nan  # by the engine's clock
 
 
 class Client:
     """The only user of one server, so that what its metrics gain belongs to the request."""
 
-    def __init__(self, server: Server, end_of_text: str) -> None:
+    def __init__(self, server: Server, end_of_text: str, timeout_s: float = 120) -> None:
         """Connect; `end_of_text` is how the model's end-of-text token is written."""
         from openai import OpenAI
 
         self.server = server
         self._end_of_text = end_of_text
-        self._openai = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
+        self._openai = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=timeout_s)
 
     def ask(self, prompt: str, num_tokens: int) -> Reply:
         """Decode exactly `num_tokens` tokens, more than one: past the answer, for the clock."""
@@ -58,6 +60,7 @@ class Client:
             seconds_per_token=gained("vllm:request_decode_time_seconds_sum") / (num_tokens - 1),
             swapped_in_bytes=gained("vllm:sentencekv_swap_in_bytes_total"),
             swapped_out_bytes=gained("vllm:sentencekv_swap_out_bytes_total"),
+            seconds_to_first_token=gained("vllm:time_to_first_token_seconds_sum"),
         )
 
     def blocks_held(self, prompt: str, num_tokens: int) -> int:

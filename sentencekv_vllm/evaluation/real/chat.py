@@ -21,6 +21,15 @@ class Chat:
         # The engine adds it: a template's own would be a second one.
         self._bos = bos if bos and first == [tokenizer.bos_token_id] else ""
 
+    @property
+    def end(self) -> str:
+        """How the token is written that ends a reply."""
+        return str(self._tokenizer.eos_token or "")
+
+    def count(self, text: str) -> int:
+        """Tokens of a text, without the begin-of-text token."""
+        return len(self._tokenizer(text, add_special_tokens=False).input_ids)
+
     def open(self, user: str) -> str:
         """A conversation up to the first word of the reply."""
         if not self.has_template:

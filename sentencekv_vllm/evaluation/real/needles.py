@@ -30,6 +30,18 @@ _HEAD = (
 )
 
 
+def needle(rng: random.Random) -> tuple[str, Turn]:
+    """A sentence to plant, and the question about it."""
+    key, number = "-".join(rng.sample(_WORDS.split(), 2)), str(rng.randrange(10**6, 10**7))
+    turn = Turn(
+        ask=f"\n\nWhat is the special magic number for {key} mentioned in the document?",
+        prefix=f"The special magic number for {key} mentioned in the document is",
+        wanted=(number,),
+        max_tokens=VALUE_REPLY + SPARE_REPLY,
+    )
+    return f"One of the special magic numbers for {key} is: {number}.", turn
+
+
 def needles(rng: random.Random, maker: Maker, keys: int, values: int, asked: int) -> Item:
     """Numbers by key.
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from ..items import Item
 from .files import RealTextError
@@ -75,17 +76,11 @@ def quotes(rng: random.Random, maker: Maker, turns: int, session: bool) -> Item:
         RealTextError: the document has fewer paragraphs of that size.
     """
     head = "Read the following document. I will ask you to quote from it.\n\n"
-    room = maker.room(head, _quote("word " * 2 * FIRST_WORDS, maker)) - 2 * SPARE
+    room = maker.room(head, quote("word " * 2 * FIRST_WORDS, maker)) - 2 * SPARE
     # From elsewhere, if a stretch has too few paragraphs of that size.
     for _ in range(50):
         document = [" ".join(paragraph) for paragraph in maker.stretch(rng, room)]
-        starts = [" ".join(text.split()[:FIRST_WORDS]) for text in document]
-        # Not the last one, which may be cut.
-        fit = [
-            text
-            for text, start in zip(document[:-1], starts, strict=False)
-            if maker.count(text) in PARAGRAPH_TOKENS and starts.count(start) == 1
-        ]
+        fit = quotable(document, maker)
         if len(fit) >= turns:
             break
     else:
@@ -93,11 +88,23 @@ def quotes(rng: random.Random, maker: Maker, turns: int, session: bool) -> Item:
             f"a document of {maker.tokens} tokens has fewer than {turns} paragraphs of "
             f"{PARAGRAPH_TOKENS.start} to {PARAGRAPH_TOKENS.stop} tokens: ask for longer contexts"
         )
-    asked = [_quote(text, maker) for text in rng.sample(fit, turns)]
+    asked = [quote(text, maker) for text in rng.sample(fit, turns)]
     return maker.item(head, join([[text] for text in document]), asked, session=session)
 
 
-def _quote(paragraph: str, maker: Maker) -> Turn:
+def quotable(document: Sequence[str], maker: Maker) -> list[str]:
+    """The paragraphs that fit a reply and that their first words name; not the last, which may be
+    cut."""
+    starts = [" ".join(text.split()[:FIRST_WORDS]) for text in document]
+    return [
+        text
+        for text, start in zip(document[:-1], starts, strict=False)
+        if maker.count(text) in PARAGRAPH_TOKENS and starts.count(start) == 1
+    ]
+
+
+def quote(paragraph: str, maker: Maker) -> Turn:
+    """Ask for a paragraph word for word."""
     words = paragraph.split()
     first, rest = words[:FIRST_WORDS], words[FIRST_WORDS:]
     pieces = [rest[i : i + PIECE_WORDS] for i in range(0, len(rest), PIECE_WORDS)]
