@@ -29,8 +29,9 @@ MAX_REGISTERS = {  # a thread, of 65536 a multiprocessor
     "resolve_residency": 64,
     "gather_misses": 64,
     "copy_pages": 64,
-    "score_tokens": 208,  # of 256 channels; 80 for groups of 4 and 128 channels, so 24 warps
-    "rank_sentences": 128,  # its 512 threads; there are fewer blocks than multiprocessors
+    "quantize_query": 128,  # its 512 threads; there are fewer blocks than multiprocessors
+    "score_blocks": 224,  # of 256 planes; 80 for groups of 4 and 128 planes, so 24 warps
+    "rank": 128,  # as for the queries
     "decode_selection": 128,
 }
 

@@ -1,29 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels that score and rank against their definitions, tie for tie."""
+"""The CUDA ranking of sentences against its definition, tie for tie, beside requests of blocks."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
 from sentencekv_vllm.ops.cuda_layer_ops import CudaOps
-from sentencekv_vllm.ops.quantize_query import quantize_query
+from sentencekv_vllm.ops.rank_blocks import rank_blocks
+from sentencekv_vllm.ops.score_blocks import score_blocks
 from sentencekv_vllm.ops.score_sentences import score_sentences
 from sentencekv_vllm.ops.select_blocks import select_blocks
-from sentencekv_vllm.triton_kernels.locate_sentences import locate_sentences
 from sentencekv_vllm.triton_kernels.ordered import LOWEST
 from sentencekv_vllm.types import IndexKind, Reduce
 
 
 def prepare(case, device, workspace):
-    """A workspace with the quantised query and the place of every 16th token, by definition."""
+    """A workspace with the place of every 16th token, by definition."""
     work, batch = workspace(case, device), case.batch
-    levels, steps = quantize_query(case.query, case.rotation)
-    work.levels[: len(levels)] = levels.to(device)
-    work.steps[: len(steps)] = steps.to(device)
     for s, count in enumerate(batch.num_sentences.tolist()):
         tokens = torch.arange(work.first.shape[1], dtype=torch.int32) * 16
         ends = batch.sentence_ends[s, :count].contiguous()
@@ -42,40 +38,53 @@ def selected(case, device, workspace, codes=None):
     if codes is not None:
         requests, _, sentences, _ = codes.shape
         work.best[:requests, :, :sentences] = codes.to(device)
-        batch = replace(batch, token_bits_only=True)
     ops = CudaOps(work)
-    ops.score(on_device.geometry, on_device.pools, batch, on_device.query)
+    if codes is None:
+        ops.score(on_device.geometry, on_device.pools, batch, on_device.query)
     ops.rank(on_device.geometry, on_device.pools, batch)
     assert bool((work.best == LOWEST).all()), "the next step starts from nothing"
     return on_device, work
+
+
+def merged(of_blocks, of_sentences, codes):
+    """Rows of the first where `codes` is set, else of the second."""
+    return torch.where(codes.view(-1, *[1] * (of_blocks.dim() - 1)), of_blocks, of_sentences)
 
 
 def check_selection(case, on_device, work):
     """The selection is the definition's, given the scores that the kernel left."""
     requests, max_sentences = case.batch.sentence_ends.shape
     scores = work.scores[:requests, :, :max_sentences].cpu().clone()
-    mass = torch.zeros(*scores.shape[:2], max_sentences + 1)
-    mass[..., :-1] = work.mass[:requests, :, :max_sentences].cpu()
-    mass[..., -1] = work.mass[:requests, :, -1].cpu()
+    mass = work.mass[:requests, :, :max_sentences].cpu().clone()
     expected = case.to("cpu")
-    reference = select_blocks(case.geometry, expected.pools, expected.batch, scores, mass)
-    k_max = reference.blocks.shape[2]
+    by_sentences = select_blocks(case.geometry, expected.pools, expected.batch, scores, mass)
+    masses = score_blocks(case.geometry, case.pools, case.batch, case.query)
+    by_blocks = rank_blocks(case.geometry, expected.pools, expected.batch, masses)
+    codes = case.batch.index_kind == IndexKind.TOKEN_CODES
+    reference = merged(by_blocks.blocks, by_sentences.blocks, codes)
+    k_max = reference.shape[2]
     blocks = work.blocks[:requests].cpu()
-    assert torch.equal(blocks[..., :k_max], reference.blocks)
+    assert torch.equal(blocks[..., :k_max], reference)
     assert bool((blocks[..., k_max:] == -1).all())
-    assert torch.equal(on_device.pools.kept.cpu(), expected.pools.kept)
+    for name in ("kept", "page_kept"):
+        assert torch.equal(getattr(on_device.pools, name).cpu(), getattr(expected.pools, name))
     torch.testing.assert_close(
-        work.coverage[:requests].cpu(), reference.coverage, rtol=1e-5, atol=1e-6, equal_nan=True
+        work.coverage[:requests].cpu(),
+        merged(by_blocks.coverage, by_sentences.coverage, codes),
+        rtol=1e-5,
+        atol=1e-6,
+        equal_nan=True,
     )
 
 
 def check_scores(case, work):
-    scores, mass = score_sentences(case.geometry, case.pools, case.batch, case.query, case.rotation)
+    scores, mass = score_sentences(case.geometry, case.pools, case.batch, case.query)
     for s, count in enumerate(case.batch.num_sentences.tolist()):
+        if int(case.batch.index_kind[s]) == IndexKind.TOKEN_CODES:
+            continue
         pairs = [(work.scores[s, :, :count], scores[s, :, :count])]
-        pairs.append((work.mass[s, :, :count], mass[s, :, :count]))
         if bool((scores[s] > -math.inf).any()):
-            pairs.append((work.mass[s, :, -1], mass[s, :, -1]))
+            pairs.append((work.mass[s, :, :count], mass[s, :, :count]))
         for result, expected in pairs:
             torch.testing.assert_close(result.cpu(), expected, rtol=2e-5, atol=2e-5, equal_nan=True)
 
@@ -86,91 +95,61 @@ def check(case, device, workspace):
     check_selection(case, on_device, work)
 
 
-SHAPES = [  # head_dim, index_dim, group
-    (128, None, 4), (128, None, 8), (64, None, 1), (64, None, 2), (256, None, 5), (80, None, 3),
-    (128, 72, 4), (128, 8, 7),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("head_dim", "index_dim", "group"), SHAPES)
+@pytest.mark.parametrize(("head_dim", "group"), [(128, 4), (64, 1), (80, 3), (32, 8)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_token_bits_of_any_shape(build, cuda_kernels, workspace, head_dim, index_dim, group, dtype):
+def test_sentences_of_any_shape(build, cuda_kernels, workspace, head_dim, group, dtype):
     case = build(
-        build.row(tokens=600, retention=3.0),
-        build.row(tokens=0),
-        build.row(tokens=331, reduce=Reduce.MAX, sinks=0),
+        build.row(tokens=600, retention=3.0, kind=IndexKind.CENTROID),
+        build.row(tokens=0, kind=IndexKind.CENTROID),
+        build.row(tokens=331, reduce=Reduce.MAX, sinks=0, kind=IndexKind.MEAN_STD),
         head_dim=head_dim,
-        index_dim=index_dim,
         group=group,
         dtype=dtype,
     )
     check(case, cuda_kernels, workspace)
 
 
-@pytest.mark.parametrize("block_size", [16, 32, 48, 512])
-def test_blocks_of_any_size_and_more_than_one_chunk(build, cuda_kernels, workspace, block_size):
-    tokens = max(2500, 6 * block_size + 9)
-    rows = [build.row(tokens=tokens, budget=2), build.row(tokens=block_size * 5, recent=0)]
-    check(build(*rows, block_size=block_size), cuda_kernels, workspace)
-
-
 @pytest.mark.parametrize("reduce", list(Reduce))
 def test_every_index_in_one_batch(build, cuda_kernels, workspace, reduce):
     rows = [build.row(tokens=200, kind=kind, reduce=reduce, retention=2.0) for kind in IndexKind]
-    check(build(*rows, head_dim=32), cuda_kernels, workspace)
-
-
-def test_a_block_of_threads_takes_several_chunks(build, cuda_kernels, workspace):
-    """On the host there are three multiprocessors, and blocks for them all in one request."""
-    rows = [build.row(tokens=tokens, budget=9) for tokens in (9000, 1030, 4096)]
-    check(build(*rows, block_size=48, head_dim=128), cuda_kernels, workspace)
-
-
-@pytest.mark.parametrize(("head_dim", "group"), [(128, 4), (64, 1), (256, 7), (128, 8), (64, 5)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_queries_are_rotated_and_rounded_as_by_triton(
-    build, cuda_kernels, workspace, head_dim, group, dtype
-):
-    """Bit for bit, so that all implementations select the same blocks."""
-    from sentencekv_vllm.triton_kernels.quantize_query import quantize_query as by_triton
-
-    rows = (build.row(tokens=331), build.row(byte_rows=3, tokens=200), build.row(tokens=0))
-    case = build(*rows, head_dim=head_dim, group=group)
-    case.query[1, 0] = 0  # has step 0
-    case = replace(case, query=case.query.to(dtype)).to(cuda_kernels)
-    scored = []
-    for rotation in (None, case.rotation):
-        work = workspace(case, cuda_kernels)
-        locate_sentences(case.batch, work.first)
-        if rotation is None:
-            by_triton(case.query, case.rotation, work.levels, work.steps)
-        CudaOps(work).score(case.geometry, case.pools, case.batch, case.query, rotation)
-        scored.append((work.best, work.partial[:2, :, :1]))
-    assert all(torch.equal(a, b) for a, b in zip(*scored, strict=True))
-    assert bool((scored[0][0] > LOWEST).any())
+    case = build(*rows, head_dim=32)
+    check(case, cuda_kernels, workspace)
 
 
 def test_long_and_short_sentences(build, cuda_kernels, workspace):
+    kind = IndexKind.CENTROID
     case = build(
-        build.row(ends=(20, 21, 400, 401, 577), budget=5),
-        build.row(tokens=640, ends=tuple(range(16, 656, 16)), budget=7),
-        build.row(tokens=304, ends=tuple(range(1, 305)), budget=4),
-        build.row(tokens=577, ends=(577,), budget=3),
-        build.row(tokens=577, ends=(40, 90), budget=3),  # what follows is not indexed
+        build.row(ends=(20, 21, 400, 401, 577), budget=5, kind=kind),
+        build.row(tokens=640, ends=tuple(range(16, 656, 16)), budget=7, kind=kind),
+        build.row(tokens=304, ends=tuple(range(1, 305)), budget=4, kind=kind),
+        build.row(tokens=577, ends=(577,), budget=3, kind=kind),
+        build.row(tokens=577, ends=(40, 560), budget=3, kind=kind),  # the rest is not indexed
     )
     check(case, cuda_kernels, workspace)
 
 
 @pytest.mark.parametrize(("group", "tokens"), [(4, 4400), (5, 2200)])
 def test_more_sentences_than_the_threads_keep(build, cuda_kernels, workspace, group, tokens):
-    row = build.row(tokens=tokens, ends=tuple(range(1, tokens + 1)), budget=5, retention=2.0)
-    check(build(row, group=group, heads=1), cuda_kernels, workspace)
+    ends = tuple(range(1, tokens + 1))
+    row = build.row(tokens=tokens, ends=ends, budget=5, retention=2.0, kind=IndexKind.CENTROID)
+    check(build(row, group=group, heads=1, head_dim=16), cuda_kernels, workspace)
 
 
-@pytest.mark.parametrize("byte_rows", [1, 5, 8])
-def test_channels_that_the_query_chooses(build, cuda_kernels, workspace, byte_rows):
-    rows = [build.row(byte_rows=byte_rows), build.row(byte_rows=3, tokens=200)]
-    check(build(*rows, group=6), cuda_kernels, workspace)
+@pytest.mark.parametrize("number", [math.nan, math.inf, 1e30])
+def test_sentences_of_no_numbers_still_have_an_order(build, cuda_kernels, workspace, number):
+    case = build(
+        build.row(kind=IndexKind.CENTROID),
+        build.row(kind=IndexKind.BOUNDS, reduce=Reduce.MEAN),
+    )
+    case.query[0, 3] = number
+    case.query[1] = number
+    case.pools.centroids[::3] = number
+    _, work = selected(case, cuda_kernels, workspace)
+    for s, budget in enumerate(case.batch.budget_blocks.tolist()):
+        chosen = work.blocks[s, :, :budget].cpu()
+        assert bool((chosen.diff() > 0).all())
+        lo, hi = int(case.batch.history_lo[s]), int(case.batch.history_hi[s])
+        assert bool(((chosen >= lo) & (chosen < hi)).all())
 
 
 def codes_of(scores):
@@ -205,11 +184,12 @@ def test_ties(build, cuda_kernels, workspace, levels, tokens):
 
 
 def test_a_budget_that_covers_the_history_and_one_of_nothing(build, cuda_kernels, workspace):
+    kind = IndexKind.CENTROID
     case = build(
-        build.row(budget=99, tokens=200),  # retention flags stay
-        build.row(budget=0),
-        build.row(tokens=0),
-        build.row(tokens=577, sinks=0, recent=0, budget=3),
+        build.row(budget=99, tokens=200, kind=kind),  # retention flags stay
+        build.row(budget=0, kind=kind),
+        build.row(tokens=0, kind=kind),
+        build.row(tokens=577, sinks=0, recent=0, budget=3, kind=kind),
         private=40,
     )
     check(case, cuda_kernels, workspace)
