@@ -21,7 +21,7 @@ def server(**settings: object) -> ResolvedConfig:
 def test_without_overrides_the_servers_settings_hold(extra):
     resolved = server(retention=3.0)
     options = RequestOptions.parse(extra, resolved)
-    assert options == RequestOptions(True, resolved.policy, resolved.budget_blocks, byte_rows=8)
+    assert options == RequestOptions(True, resolved.policy, resolved.budget_blocks)
 
 
 @pytest.mark.parametrize("budget", [512, "512"])

@@ -88,11 +88,12 @@ def start(options: argparse.Namespace, variants: Sequence[Variant]) -> Engine:
     )
 
 
-def _room(variants: Sequence[Variant]) -> dict[str, int]:
+def _room(variants: Sequence[Variant]) -> dict[str, int | bool]:
     """What a server must have been started with for all these requests."""
     settlements = [POLICIES[variant.policy].settlement for variant in variants if variant.policy]
     return {
-        "index_vectors": max((variant.vectors for variant in variants), default=1),
+        "index_codes": True,
+        "index_vectors": max((variant.vectors for variant in variants), default=0),
         "observation_window": max((s.window for s in settlements if s), default=0),
     }
 

@@ -50,22 +50,23 @@ class KVShape:
         self,
         index: IndexKind | None,
         tokens_per_row: float,
-        index_channels: int | None = None,
-        score_channels: float = 1.0,
+        code_channels: int | None = None,
+        code_bits: int = 2,
     ) -> float:
         """Per token, of the part of the index that a ranking reads.
 
         Args:
             index: None where nothing is ranked.
             tokens_per_row: mean length of the sentences, which share a row each.
-            index_channels: that the 1-bit index keeps; None: all.
-            score_channels: share of them that a step reads.
+            code_channels: that have a code; None: half of them.
+            code_bits: of a channel.
         """
         if index is None or index is IndexKind.RANDOM:
             return 0.0
-        if index is IndexKind.TOKEN_BITS:
-            channels = self.head_dim if index_channels is None else index_channels
-            return math.ceil(score_channels * channels / 8) + 2  # signs and a bfloat16 scale
+        if index is IndexKind.TOKEN_CODES:
+            channels = code_channels or self.head_dim // 16 * 8
+            # A code with its scale; mean, scale and flag of the block.
+            return code_bits * channels / 8 + 2 + (self.head_dim + 5) / self.block_size
         if not tokens_per_row:
             return math.nan
         return index.vectors * 2 * self.head_dim / tokens_per_row  # bfloat16

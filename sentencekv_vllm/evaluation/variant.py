@@ -20,28 +20,30 @@ ALL = "all"
 
 Options = dict[str, str | int | float]
 
-_BITS: Options = {"sentencekv_index": "token_bits"}
-_MEAN_KEY: Options = {"sentencekv_index": "centroid", "sentencekv_retention": 0}
+_CODES: Options = {"sentencekv_index": "token_codes"}
+_MEAN_KEY: Options = {
+    "sentencekv_index": "centroid",
+    "sentencekv_grouping": "sentences",
+    "sentencekv_retention": 0,
+}
 ABLATION: dict[str, Options] = {
     "mean key, running mean": _MEAN_KEY
     | {"sentencekv_query": "running_mean", "sentencekv_head_reduce": "mean"},
     "mean key, current": _MEAN_KEY | {"sentencekv_head_reduce": "softmax_mean"},
-    "1-bit, running mean": _BITS | {"sentencekv_query": "running_mean", "sentencekv_retention": 0},
-    "1-bit, previous, softmax mean, retention 5": _BITS
-    | {"sentencekv_query": "previous", "sentencekv_retention": 5},
-    "half of 1-bit, softmax mean, retention 3": _BITS | {"sentencekv_score_channels": 0.5},
-    "1-bit, softmax mean, retention 3, rest estimated": _BITS | {"sentencekv_estimate": "on"},
-    "1-bit, current, mean": _BITS | {"sentencekv_head_reduce": "mean", "sentencekv_retention": 0},
-    "1-bit, current, max": _BITS | {"sentencekv_head_reduce": "max", "sentencekv_retention": 0},
+    "mean key of blocks, current": _MEAN_KEY
+    | {"sentencekv_grouping": "blocks", "sentencekv_head_reduce": "softmax_mean"},
+    "codes, running mean": _CODES
+    | {"sentencekv_query": "running_mean", "sentencekv_retention": 0},
+    "codes, previous, retention 2": _CODES
+    | {"sentencekv_query": "previous", "sentencekv_retention": 2},
+    "codes, retention 2, rest estimated": _CODES | {"sentencekv_estimate": "on"},
     **{
-        f"1-bit, current, softmax mean, retention {bonus}": _BITS
-        | {"sentencekv_head_reduce": "softmax_mean", "sentencekv_retention": bonus}
-        for bonus in (0, 3, 5, 7)
+        f"codes, current, retention {bonus}": _CODES | {"sentencekv_retention": bonus}
+        for bonus in (0, 1, 2, 3)
     },
 }
 """Rankings by name: options that change parts of the `sentencekv` policy. The first is the
-paper's, the one with retention 3 is the default. Reductions are compared without retention,
-whose unit depends on them."""
+paper's, the one with codes, the current query and retention 2 is the default."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Variant:
         estimates = (
             policy is not None and policy.estimate and "sentencekv_estimate" not in self._parts
         )
-        return 2 if estimates else 1 if self.index is None else self.index.vectors
+        return 2 if estimates else 0 if self.index is None else self.index.vectors
 
     @property
     def host_kv_dtype(self) -> str:
@@ -100,17 +102,15 @@ class Variant:
         return self._server_settings.get("host_kv_dtype", "auto")
 
     @property
-    def index_channels(self) -> int | None:
-        """That the server's 1-bit index keeps; None: all."""
+    def code_channels(self) -> int | None:
+        """That have a code on the server; None: half of them."""
         given = self._server_settings.get("index_channels")
         return None if given is None else int(given)
 
     @property
-    def score_channels(self) -> float:
-        """Share of the 1-bit index's channels that a step reads."""
-        policy = POLICIES.get(self.policy or "")
-        given = self._parts.get("sentencekv_score_channels")
-        return float(given or (policy.score_channels if policy else 1))
+    def code_bits(self) -> int:
+        """Of a channel."""
+        return int(self._server_settings.get("index_bits", 2))
 
     @property
     def _server_settings(self) -> dict[str, str]:

@@ -32,7 +32,8 @@ class CpuOps:
     """`LayerOps` in C++ (csrc/cpu), for tensors on the CPU.
 
     What TOKEN_CODES selects comes from the same integers as the reference's, given the same levels
-    of the query; floats are summed in another order. `stage_ns` is the time of all threads divided by their number.
+    of the query; other floats are summed in another order. `stage_ns` is the time of all threads
+    divided by their number.
 
     The records are checked and turned into C structures once per object, so they must keep
     their tensors. Not for concurrent calls from several Python threads.

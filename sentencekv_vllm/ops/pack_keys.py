@@ -46,7 +46,8 @@ def pack_keys(keys: Tensor, basis: Basis, code_width: int) -> PackedKeys:
     mean_scales = torch.where(mean_scales < SCALE_LIMIT, mean_scales, 0.0)
     inverse = torch.where(mean_scales > 0, 1 / mean_scales, 0.0)[..., None]
     means = torch.round(mean * inverse).nan_to_num(0.0).to(torch.int8)
-    x = (z - (means.float() * mean_scales[..., None])[..., None, :])[..., : code_width // basis.bits]
+    x = z - (means.float() * mean_scales[..., None])[..., None, :]
+    x = x[..., : code_width // basis.bits]
     negative = x < 0
     squares = x.square()
     square = squares.sum(-1)

@@ -88,7 +88,7 @@ def token_units(
 def score_blocks(
     geometry: Geometry, pools: LayerPools, batch: SparseBatch, query: Tensor
 ) -> BlockMasses:
-    """Masses of all indexed blocks of each request of TOKEN_CODES, sinks and recent window included.
+    """Masses of all indexed blocks of the requests of TOKEN_CODES, resident ones included.
 
     Args:
         query: [S, H * G, D]; query heads of a group are adjacent.

@@ -134,11 +134,12 @@ class Settling:
 
     def _retain(self, case: Case, elected: Tensor, pools: LayerPools) -> None:
         """The sentences' centroids become those of their elected tokens."""
-        total = int(case.ends[-1])
+        total, centroids = int(case.ends[-1]), pools.centroids
+        assert centroids is not None, "index_vectors is 1 or 2"
         for h, tokens in enumerate(elected):
             keys = self._keys(case, h, 0, total, pools)
             means = retained_means(keys, case.ends, tokens[tokens < total])
-            pools.centroids[case.rows, h] = means.to(pools.centroids.dtype)
+            centroids[case.rows, h] = means.to(centroids.dtype)
 
     def _cluster(self, case: Case, pools: LayerPools) -> None:
         """The history's pages are filled in the order of clusters, and indexed again."""

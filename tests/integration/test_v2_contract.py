@@ -171,7 +171,6 @@ class Worker:
                 query_kind=int(self.query_kind),
                 budget_blocks=self.budget,
                 seed=0,
-                byte_rows=D // 8,
             )
             copied = TABLES[LONG][: HISTORY[1]]
             ends = np.arange(11, len(copied) * N + 1, 11, dtype=np.int32)

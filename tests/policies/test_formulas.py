@@ -92,7 +92,6 @@ def ranked(policy: SelectionPolicy, seed: int = 0) -> Scene:
         reduce=column(int(policy.reduce)),
         retention=column(policy.retention, dtype=torch.float32),
         seed=column(0),
-        byte_rows=column(math.ceil(policy.score_channels * D / 8)),
         step=0,
     )
     geometry = Geometry(1, HEADS, GROUP, D, N, 2, SCALE, vectors_per_row=2)

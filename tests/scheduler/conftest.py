@@ -61,7 +61,7 @@ class Segmentation:
 
 
 OPTIONS = DecodeOptions(
-    index_kind=0, reduce=0, retention=5.0, query_kind=0, budget_blocks=3, seed=0, byte_rows=8
+    index_kind=0, reduce=0, retention=5.0, query_kind=0, budget_blocks=3, seed=0
 )
 LIMITS = Limits(
     block_size=BLOCK,

@@ -62,7 +62,6 @@ def options(**changes) -> DecodeOptions:
         "query_kind": int(QueryKind.CURRENT),
         "budget_blocks": BUDGET,
         "seed": 0,
-        "byte_rows": D // 8,
     }
     return DecodeOptions(**(values | changes))
 

@@ -25,7 +25,7 @@ GEOMETRY = Geometry(
     num_layers=1, num_kv_heads=1, group_size=1, head_dim=8, block_size=N, rows_per_page=1, scale=1.0
 )
 OPTIONS = DecodeOptions(
-    index_kind=0, reduce=0, retention=0.0, query_kind=0, budget_blocks=1, seed=0, byte_rows=1
+    index_kind=0, reduce=0, retention=0.0, query_kind=0, budget_blocks=1, seed=0
 )
 
 

@@ -93,7 +93,6 @@ class Request:
             query_kind=kinds[0] % 3 if query_kind is None else int(query_kind),
             budget_blocks=2 + kinds[1] % 3,
             seed=kinds[2],
-            byte_rows=1 + kinds[2] % 2,
             settlement=Settlement(Fate.COMPACT) if kinds[1] % 5 == 0 else None,
             estimates=kinds[1] % 5 != 0 and kinds[2] % 2 == 0,
         )

@@ -16,7 +16,7 @@ from sentencekv_vllm.worker.tables import Tables
 
 SLOTS, BLOCK, ROWS, WORKING_SET, PAGES, SENTENCES = 3, 4, 2, 2, 20, 24
 OPTIONS = DecodeOptions(
-    index_kind=0, reduce=0, retention=0.0, query_kind=0, budget_blocks=2, seed=0, byte_rows=2
+    index_kind=0, reduce=0, retention=0.0, query_kind=0, budget_blocks=2, seed=0
 )
 
 

@@ -79,7 +79,6 @@ def options(**changes):
         "query_kind": int(QueryKind.CURRENT),
         "budget_blocks": MEAN,
         "seed": 0,
-        "byte_rows": D // 8,
     }
     return DecodeOptions(**(values | changes))
 

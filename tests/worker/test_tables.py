@@ -14,7 +14,7 @@ from sentencekv_vllm.worker.tables import Tables
 
 BLOCK, ROWS = 4, 2
 OPTIONS = DecodeOptions(
-    index_kind=1, reduce=2, retention=5.0, query_kind=1, budget_blocks=6, seed=11, byte_rows=5
+    index_kind=1, reduce=2, retention=5.0, query_kind=1, budget_blocks=6, seed=11
 )
 
 
@@ -95,7 +95,6 @@ def test_a_batch_is_what_the_updates_said():
     assert batch.private_blocks.tolist() == [[50, 51, 52, 53, 54]]
     assert batch.budget_blocks.tolist() == [6] and batch.step == 9
     assert (batch.index_kind.item(), batch.reduce.item(), batch.seed.item()) == (1, 2, 11)
-    assert batch.byte_rows.tolist() == [5]
     assert batch.retention.item() == pytest.approx(5.0)
 
 
