@@ -32,8 +32,7 @@ ABLATION: dict[str, Options] = {
     "mean key, current": _MEAN_KEY | {"sentencekv_head_reduce": "softmax_mean"},
     "mean key of blocks, current": _MEAN_KEY
     | {"sentencekv_grouping": "blocks", "sentencekv_head_reduce": "softmax_mean"},
-    "codes, running mean": _CODES
-    | {"sentencekv_query": "running_mean", "sentencekv_retention": 0},
+    "codes, running mean": _CODES | {"sentencekv_query": "running_mean", "sentencekv_retention": 0},
     "codes, previous, retention 2": _CODES
     | {"sentencekv_query": "previous", "sentencekv_retention": 2},
     "codes, retention 2, rest estimated": _CODES | {"sentencekv_estimate": "on"},

@@ -27,9 +27,7 @@ def read_keys(head_blocks: Tensor, key_offset: Tensor, block_size: int) -> Tenso
     return flat[..., key_offset.long()].unflatten(-1, (block_size, -1))
 
 
-def index_pages(
-    pools: LayerPools, block_ids: Tensor, page_ids: Tensor, key_offset: Tensor
-) -> None:
+def index_pages(pools: LayerPools, block_ids: Tensor, page_ids: Tensor, key_offset: Tensor) -> None:
     """Copy blocks to host pages, in the pool's format, and write their codes.
 
     Forgets what the pages' former owner left: residency and `page_kept` are cleared. The index is a

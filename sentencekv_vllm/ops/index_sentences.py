@@ -28,8 +28,8 @@ def index_sentences(
 
     Args:
         pools: has rows; `centroids`, `spreads` and `kept` are written; keys are read from `cache`,
-            where the blocks of a sentence still are when it is sealed. A kind with two vectors needs
-            `spreads`.
+            where the blocks of a sentence still are when it is sealed. A kind with two vectors
+            needs `spreads`.
         rows: [n] int32, where each sentence's summary goes.
         spans: [n, 2] int32: first token and length, relative to the sentence's first block;
             `0 <= first < N`.

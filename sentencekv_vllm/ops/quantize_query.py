@@ -15,6 +15,7 @@ CODE_LEVELS = {1: 31, 2: 15}
 """By the bits of a code; four planes sum to at most 124, so that a byte table holds every four
 bits, and a level times the weight of its plane has six bits."""
 
+
 @dataclass(frozen=True)
 class QuantizedQuery:
     """A query for the two parts of an estimate."""

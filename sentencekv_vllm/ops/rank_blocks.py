@@ -85,5 +85,3 @@ def rank_blocks(
         taken = history.gather(1, chosen).sum(-1) + probability.sum(-1) - history.sum(-1)
         coverage[s] = taken.float() / one
     return Selection(blocks, coverage)
-
-

@@ -97,7 +97,7 @@ def _is_far_from_ties(query: Tensor, geometry: Geometry, basis: Basis | None) ->
 
 def random_basis(case: Case) -> Basis:
     """A balanced basis of made-up moments for two bits, the fixed one for one."""
-    channels = case.channels or case.dim // 16 * 8
+    channels = case.channels or case.dim // 16 * 8 or 8
     if case.bits == 1:
         return plain_basis(case.heads, case.dim, case.dim)
     generator = torch.Generator().manual_seed(case.seed + 1)
@@ -139,7 +139,7 @@ def make_pools(case: Case, num_pages: int, num_blocks: int, rows_per_page: int) 
     cache = cache[:, : h * n * 2 * d].unflatten(1, (h, n, 2 * d))
     generator = torch.Generator().manual_seed(case.seed)
     basis = random_basis(case)
-    width = d if case.bits == 1 else 2 * (case.channels or d // 16 * 8)
+    width = d if case.bits == 1 else 2 * (case.channels or d // 16 * 8 or 8)
     shape = (num_pages, h, width // 8, n)
     form = host_format(case.host, n, d, case.dtype.itemsize)
     host = torch.full((num_pages, h, n, 2 * d), nan, dtype=case.dtype)
@@ -238,7 +238,5 @@ def build(case: Case) -> Layer:
     )
     assert pools.codes is not None
     width = 8 * pools.codes.shape[2]
-    geometry = Geometry(
-        1, case.heads, case.group, d, n, rows_per_page, d**-0.5, code_width=width
-    )
+    geometry = Geometry(1, case.heads, case.group, d, n, rows_per_page, d**-0.5, code_width=width)
     return Layer(geometry, pools, batch, key_offset)

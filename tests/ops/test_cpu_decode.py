@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -22,16 +21,24 @@ from .layer_cases import UNWRITTEN, Case, Layer, Row, build, copy_pools, differi
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 TIE = 1e-5  # relative; scores as near as this may rank either way
-KINDS = (IndexKind.TOKEN_BITS, IndexKind.CENTROID, IndexKind.BOUNDS, IndexKind.MEAN_STD)
+SUMMARIES = (IndexKind.CENTROID, IndexKind.BOUNDS, IndexKind.MEAN_STD)
+KINDS = (IndexKind.TOKEN_CODES, *SUMMARIES)
+
+
+def by_mean(**changes: int) -> Row:
+    return Row(kind=IndexKind.CENTROID, retention=0.3, **changes)
+
+
 EVERY_KIND = tuple(
     Row(tokens, budget, kind, reduce, retention)
     for tokens, budget, kind, reduce, retention in (
-        (577, 4, IndexKind.TOKEN_BITS, Reduce.SOFTMAX_MEAN, 5.0),
+        (577, 4, IndexKind.TOKEN_CODES, Reduce.SOFTMAX_MEAN, 5.0),
         (1111, 6, IndexKind.CENTROID, Reduce.MEAN, 0.0),
-        (300, None, IndexKind.TOKEN_BITS, Reduce.MAX, 5.0),
+        (300, None, IndexKind.TOKEN_CODES, Reduce.SOFTMAX_MEAN, 5.0),
         (640, 3, IndexKind.RANDOM, Reduce.MEAN, 1.0),
         (97, 1, IndexKind.CENTROID, Reduce.SOFTMAX_MEAN, 0.5),
-        (63, 2, IndexKind.TOKEN_BITS, Reduce.MEAN, 0.0),
+        (63, 2, IndexKind.TOKEN_CODES, Reduce.SOFTMAX_MEAN, 1.0),
+        (800, 9, IndexKind.TOKEN_CODES, Reduce.SOFTMAX_MEAN, 1.0),
         (577, 5, IndexKind.BOUNDS, Reduce.MEAN, 0.0),
         (900, 4, IndexKind.MEAN_STD, Reduce.SOFTMAX_MEAN, 5.0),
     )
@@ -42,39 +49,34 @@ CASES = {
     **{f"G{g}": Case((Row(), Row(577, 3, kind=IndexKind.CENTROID)), group=g) for g in (1, 7, 8)},
     **{
         f"{kind.name}-{reduce.name}": Case((Row(kind=kind, reduce=reduce, retention=0.3),))
-        for kind in KINDS
+        for kind in SUMMARIES
         for reduce in Reduce
     },
+    "codes-retention": Case((Row(retention=40.0), Row(retention=1.0)), group=6),
+    "codes-ties": Case((Row(tokens=2000, budget=9),), dim=8, group=1),
     "every-kind": Case(EVERY_KIND, heads=3),
     "every-kind-N16": Case(EVERY_KIND, block=16, dim=80, group=7),
-    "no-budget": Case((Row(budget=0), Row(budget=0, reduce=Reduce.MAX))),
+    "no-budget": Case((Row(budget=0), Row(budget=0, kind=IndexKind.CENTROID))),
     "whole-history": Case((Row(budget=None), Row(tokens=320, budget=None))),
     "no-history": Case((Row(tokens=90), Row(tokens=33, budget=None))),
-    "sentences-longer-than-budget": Case((Row(tokens=2000, sentences=4, budget=3),)),
-    "one-sentence": Case((Row(sentences=1, budget=3),)),
-    "sentences-of-one-token": Case((Row(tokens=320, sentences=320, budget=3),)),
-    "8192-tokens": Case((Row(tokens=8192, budget=27, sentences=577),), group=2, dim=64),
+    "sentences-longer-than-budget": Case((by_mean(tokens=2000, sentences=4, budget=3),)),
+    "one-sentence": Case((by_mean(sentences=1, budget=3),)),
+    "sentences-of-one-token": Case((by_mean(tokens=320, sentences=320, budget=3),)),
+    "8192-tokens": Case(
+        (Row(tokens=8192, budget=27), by_mean(tokens=8192, budget=27, sentences=577)),
+        group=2,
+        dim=64,
+    ),
     "tight-working-set": Case((Row(retention=0.0, budget=5),), working_set=5),
     "float16": Case(dtype=torch.float16),
     "float32": Case(EVERY_KIND, dtype=torch.float32),
     "spread-blocks": Case(spread=True),
     **{
-        f"D{d}-E{e}-N{n}": Case(EVERY_KIND, dim=d, index_dim=e, block=n)
-        for d, e, n in ((128, 64, 32), (128, 8, 16), (128, 72, 32), (80, 48, 16))
+        f"D{d}-C{c}-N{n}": Case(EVERY_KIND, dim=d, channels=c, block=n)
+        for d, c, n in ((128, 32, 32), (128, 8, 16), (128, 128, 32), (80, 48, 16))
     },
-    **{
-        f"channels-D{d}-N{n}-G{g}": Case(
-            tuple(
-                Row(score_channels=share, reduce=r)
-                for share, r in zip((0.5, 0.3, 0.01), Reduce, strict=True)
-            ),
-            dim=d,
-            block=n,
-            group=g,
-        )
-        for d, n, g in ((128, 16, 4), (128, 32, 1), (80, 48, 7), (128, 64, 8), (64, 128, 4))
-    },
-    "D256-E128-N64": Case(dim=256, index_dim=128, block=64),
+    "D256-C128-N64": Case(dim=256, channels=128, block=64),
+    **{f"one-bit-D{d}": Case(dim=d, bits=1, group=5) for d in (64, 96, 128)},
     **{
         f"{host}-{dtype}": Case(host=host, dtype=dtype, dim=dim, spread=dim == 96)
         for host in ("int8", "int4", "fp8")
@@ -90,10 +92,8 @@ def ops() -> CpuOps:
     assert isinstance(cpu, CpuOps)
     for kind in KINDS:
         larger = build(Case((Row(9000, 40, kind, sentences=900),), heads=1, group=8, dim=256))
-        larger.pools.scales.fill_(float("nan"))
         nan = torch.full((1, 8, 256), float("nan"))
-        with suppress(RuntimeError):  # NaN scores select nothing
-            run(cpu, larger, larger.pools, nan, 1)
+        run(cpu, larger, larger.pools, nan, 1)
     return cpu
 
 
@@ -110,6 +110,8 @@ def ties_only(layer: Layer, scores: Tensor, kept: Tensor, other: Tensor) -> bool
     """Whether two selections are equal. Where they are not, the scores must be tied."""
     equal = True
     for s in range(len(layer.batch.num_pages)):
+        if layer.batch.index_kind[s] == IndexKind.TOKEN_CODES:
+            continue  # there are none
         rows = sentence_rows(layer.batch, s, layer.geometry.rows_per_page)
         for h in range(layer.geometry.num_kv_heads):
             mine = scores[s, h, : len(rows)][kept[rows, h] > other[rows, h]]
@@ -123,7 +125,7 @@ def ties_only(layer: Layer, scores: Tensor, kept: Tensor, other: Tensor) -> bool
 
 def run(cpu: CpuOps, layer: Layer, pools: LayerPools, query: Tensor, step: int) -> DecodeOutputs:
     out = layer.outputs()
-    cpu.decode_layer(layer.geometry, pools, layer.at(step), query, layer.rotation, out)
+    cpu.decode_layer(layer.geometry, pools, layer.at(step), query, out)
     return out
 
 
@@ -139,9 +141,9 @@ def other_content(pools: LayerPools) -> LayerPools:
 def assert_step(ops: CpuOps, layer: Layer, mine: LayerPools, query: Tensor, step: int) -> bool:
     """One step of both, compared; returns whether the selections were equal."""
     batch, theirs = layer.at(step), layer.pools
-    scores, _ = score_sentences(layer.geometry, theirs, batch, query, layer.rotation)
+    scores, _ = score_sentences(layer.geometry, theirs, batch, query)
     want = layer.outputs()
-    ReferenceOps().decode_layer(layer.geometry, theirs, batch, query, layer.rotation, want)
+    ReferenceOps().decode_layer(layer.geometry, theirs, batch, query, want)
     got = run(ops, layer, mine, query, step)
     if not ties_only(layer, scores, theirs.kept, mine.kept):
         return False
@@ -184,10 +186,8 @@ def test_a_layer_attends_to_what_the_layer_before_selected(ops: CpuOps, name: st
         batch, query = layer.at(step), layer.query(step)
         ranked, want, got = (layer.outputs() for _ in range(3))
         theirs = copy_pools(first)
-        reference.decode_layer(
-            layer.geometry, theirs, batch, query, layer.rotation, layer.outputs()
-        )
-        ops.decode_layer(layer.geometry, first, batch, query, layer.rotation, ranked)
+        reference.decode_layer(layer.geometry, theirs, batch, query, layer.outputs())
+        ops.decode_layer(layer.geometry, first, batch, query, ranked)
         assert same_bytes(theirs.kept, first.kept), "a tie: choose another seed"
         before = second.kept.clone()
         reference.reuse_selection(second, batch, want)
@@ -234,13 +234,13 @@ def test_slots_of_the_table_hold_the_pages(ops: CpuOps, kind: IndexKind) -> None
 
 @pytest.mark.parametrize("isa", [0, 1, 2], indirect=True, ids=["portable", "avx2", "avx512"])
 @pytest.mark.parametrize("block", [16, 32, 48, 64, 128])
-@pytest.mark.parametrize(("dim", "index_dim"), [(80, None), (128, None), (128, 40)])
+@pytest.mark.parametrize(("dim", "channels", "bits"), [(80, 40, 2), (128, 64, 2), (128, None, 1)])
 def test_instruction_sets_agree_bit_for_bit(
-    ops: CpuOps, isa: int, block: int, dim: int, index_dim: int | None
+    ops: CpuOps, isa: int, block: int, dim: int, channels: int | None, bits: int
 ) -> None:
-    """Scans are exact integers, so every float after them is the same."""
-    rows = (Row(1111), Row(577, reduce=Reduce.MAX), Row(577, score_channels=0.4))
-    layer = build(Case(rows, block=block, dim=dim, index_dim=index_dim, group=7))
+    """Scans are exact integers, and so is all that follows."""
+    rows = (Row(1111), Row(577, retention=1.0))
+    layer = build(Case(rows, block=block, dim=dim, channels=channels, bits=bits, group=7))
     mine = copy_pools(layer.pools)
     query = layer.query(0)
     narrow = run(ops, layer, mine, query, 1)
@@ -248,7 +248,7 @@ def test_instruction_sets_agree_bit_for_bit(
     wide = run(ops, layer, layer.pools, query, 1)
     assert torch.equal(narrow.head_tables, wide.head_tables)
     assert same_bytes(narrow.coverage, wide.coverage)
-    assert same_bytes(mine.kept, layer.pools.kept)
+    assert same_bytes(mine.page_kept, layer.pools.page_kept)
 
 
 def test_threads_change_nothing(ops: CpuOps) -> None:
@@ -272,9 +272,40 @@ def test_threads_change_nothing(ops: CpuOps) -> None:
 
 def test_improbable_sentences_are_ranked(ops: CpuOps) -> None:
     """Probabilities below the smallest float still have an order."""
-    layer = build(Case((Row(reduce=Reduce.SOFTMAX_MEAN, retention=0.0, budget=14),), dim=64))
+    row = Row(kind=IndexKind.CENTROID, reduce=Reduce.SOFTMAX_MEAN, retention=0.0, budget=14)
+    layer = build(Case((row,), dim=64))
     mine = copy_pools(layer.pools)
     assert assert_step(ops, layer, mine, 400 * layer.query(0), 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -3e38, 1e25])
+def test_no_key_and_no_query_makes_a_step_fail(ops: CpuOps, kind: IndexKind, value: float) -> None:
+    """One request's overflow is its own: it selects its budget, and its neighbour as before."""
+    rows = (Row(kind=kind, retention=1.0), Row(900, kind=kind, retention=1.0))
+    alone = build(Case(rows, dtype=torch.float32, dim=64))
+    layer = build(Case(rows, dtype=torch.float32, dim=64))
+    query = layer.query(0)
+    block = torch.tensor([0], dtype=torch.int32)
+    for pools in (layer.pools,):
+        pools.cache[0] = 1.0
+        pools.cache[0, :, 3] = value
+        for page in layer.batch.pages[0, 2:5]:
+            ops.index_pages(pools, block, page[None], layer.key_offset)
+        row = layer.batch.row_pages[0, :1] * layer.geometry.rows_per_page
+        span = torch.tensor([[0, 20]], dtype=torch.int32)
+        ops.index_sentences(pools, row, span, block[None], layer.key_offset, kind)
+    for broken in (query, torch.cat((torch.full_like(query[:1], value), query[1:]))):
+        mine, theirs = copy_pools(layer.pools), copy_pools(alone.pools)
+        reference = copy_pools(layer.pools)
+        got, want = run(ops, layer, mine, broken, 1), run(ops, alone, theirs, query, 1)
+        assert torch.equal(got.head_tables[1], want.head_tables[1])
+        assert int(got.hits[0] + got.misses[0]) == 4 * layer.geometry.num_kv_heads
+        defined = layer.outputs()
+        ReferenceOps().decode_layer(layer.geometry, reference, layer.at(1), broken, defined)
+        assert int(defined.hits[0] + defined.misses[0]) == 4 * layer.geometry.num_kv_heads
+        if kind is IndexKind.TOKEN_CODES:
+            assert torch.equal(got.head_tables, defined.head_tables)
 
 
 def test_reindexed_page_is_read_anew(ops: CpuOps) -> None:
@@ -286,9 +317,11 @@ def test_reindexed_page_is_read_anew(ops: CpuOps) -> None:
     content = torch.randn(layer.pools.cache.shape[1:], generator=torch.Generator().manual_seed(5))
     for pools, index in ((layer.pools, ReferenceOps().index_pages), (mine, ops.index_pages)):
         pools.cache[0] = content.to(pools.cache.dtype)
-        index(pools, block, resident, layer.key_offset, layer.rotation)
+        index(pools, block, resident, layer.key_offset)
         assert bool((pools.page_slot[resident.long()] == -1).all())
-    assert same_bytes(mine.bits, layer.pools.bits) and same_bytes(mine.host, layer.pools.host)
+    assert same_bytes(mine.codes, layer.pools.codes) and same_bytes(mine.host, layer.pools.host)
+    for part in ("scales", "means", "mean_scales"):  # floats are added in another order
+        getattr(mine, part).copy_(getattr(layer.pools, part))
     for step in range(2, 5):
         assert assert_step(ops, layer, mine, layer.query(step), step)
 
@@ -298,9 +331,7 @@ def test_stage_times_are_added(ops: CpuOps) -> None:
     out = layer.outputs()
     for step in (1, 2):
         before = out.stage_ns.clone()
-        ops.decode_layer(
-            layer.geometry, layer.pools, layer.at(step), layer.query(step), layer.rotation, out
-        )
+        ops.decode_layer(layer.geometry, layer.pools, layer.at(step), layer.query(step), out)
         assert bool((out.stage_ns >= before).all()) and int(out.stage_ns[0]) > int(before[0])
 
 
@@ -308,29 +339,44 @@ def test_small_working_set_is_an_error(ops: CpuOps) -> None:
     layer = build(Case())
     batch = replace(layer.batch, private_blocks=layer.batch.private_blocks[:, :3])
     with pytest.raises(RuntimeError, match="private blocks"):
-        ops.decode_layer(
-            layer.geometry, layer.pools, batch, layer.query(0), layer.rotation, layer.outputs()
-        )
+        ops.decode_layer(layer.geometry, layer.pools, batch, layer.query(0), layer.outputs())
 
 
 @pytest.mark.parametrize("kind", [IndexKind.BOUNDS, IndexKind.MEAN_STD])
 def test_two_vectors_without_room_are_an_error(ops: CpuOps, kind: IndexKind) -> None:
     layer = build(Case((Row(kind=kind),)))
     pools = replace(layer.pools, spreads=None)
-    with pytest.raises(RuntimeError, match="index_vectors of 2"):
+    with pytest.raises(RuntimeError, match="index_vectors"):
         run(ops, layer, pools, layer.query(0), 1)
     none = torch.empty(0, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="index_vectors of 2"):
+    with pytest.raises(RuntimeError, match="index_vectors"):
         ops.index_sentences(pools, none, none.view(0, 2), none.view(0, 1), layer.key_offset, kind)
 
 
-def test_history_without_sentences_is_an_error(ops: CpuOps) -> None:
+@pytest.mark.parametrize("kind", [IndexKind.TOKEN_CODES, IndexKind.CENTROID])
+def test_an_index_that_is_not_kept_is_an_error(ops: CpuOps, kind: IndexKind) -> None:
+    layer = build(Case((Row(kind=kind),)))
+    pools = replace(layer.pools, codes=None, centroids=None, spreads=None)
+    with pytest.raises(RuntimeError, match="index_codes"):
+        run(ops, layer, pools, layer.query(0), 1)
+
+
+def test_blocks_need_no_sentences(ops: CpuOps) -> None:
     layer = build(Case())
+    bare = replace(layer.batch, num_sentences=torch.zeros(1, dtype=torch.int32))
+    pools = replace(layer.pools, centroids=None, spreads=None, kept=None)
+    got, want = layer.outputs(), layer.outputs()
+    query, mine = layer.query(0), copy_pools(pools)
+    ops.decode_layer(layer.geometry, mine, bare, query, got)
+    ops.decode_layer(layer.geometry, layer.pools, layer.batch, query, want)
+    assert torch.equal(got.head_tables, want.head_tables)
+
+
+def test_history_without_sentences_is_an_error(ops: CpuOps) -> None:
+    layer = build(Case((Row(kind=IndexKind.CENTROID),)))
     batch = replace(layer.batch, num_sentences=torch.zeros(1, dtype=torch.int32))
     with pytest.raises(RuntimeError, match="touched by a sentence"):
-        ops.decode_layer(
-            layer.geometry, layer.pools, batch, layer.query(0), layer.rotation, layer.outputs()
-        )
+        ops.decode_layer(layer.geometry, layer.pools, batch, layer.query(0), layer.outputs())
 
 
 @pytest.mark.parametrize(
@@ -346,9 +392,7 @@ def test_batches_the_c_code_cannot_read_are_refused(ops: CpuOps, name: str, chan
     layer = build(Case((Row(), Row())))
     batch = replace(layer.batch, **{name: change(getattr(layer.batch, name))})
     with pytest.raises(ValueError, match=name):
-        ops.decode_layer(
-            layer.geometry, layer.pools, batch, layer.query(0), layer.rotation, layer.outputs()
-        )
+        ops.decode_layer(layer.geometry, layer.pools, batch, layer.query(0), layer.outputs())
 
 
 def test_queries_and_tables_of_other_shapes_are_refused(ops: CpuOps) -> None:
@@ -361,6 +405,5 @@ def test_queries_and_tables_of_other_shapes_are_refused(ops: CpuOps) -> None:
             layer.pools,
             layer.at(1),
             layer.query(0),
-            layer.rotation,
             other.outputs(),
         )

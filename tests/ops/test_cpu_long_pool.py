@@ -37,8 +37,12 @@ def test_pages_at_the_far_end_of_a_long_pool() -> None:
     far = LayerPools(
         cache=copy_pools(near).cache,
         host=at_the_far_end(near.host),
-        bits=at_the_far_end(near.bits),
+        codes=at_the_far_end(near.codes),
         scales=at_the_far_end(near.scales),
+        means=at_the_far_end(near.means),
+        mean_scales=at_the_far_end(near.mean_scales),
+        page_kept=at_the_far_end(near.page_kept),
+        basis=near.basis,
         centroids=at_the_far_end(near.centroids, layer.geometry.rows_per_page),
         kept=at_the_far_end(near.kept, layer.geometry.rows_per_page),
         page_slot=at_the_far_end(near.page_slot),
@@ -52,13 +56,13 @@ def test_pages_at_the_far_end_of_a_long_pool() -> None:
         query = layer.query(step)
         for pools, rows, out in ((near, batch, wants), (far, far_batch, gots)):
             rows = replace(rows, step=step)
-            ops.decode_layer(layer.geometry, pools, rows, query, layer.rotation, out)
+            ops.decode_layer(layer.geometry, pools, rows, query, out)
         assert torch.equal(gots.head_tables, wants.head_tables)
         assert same_bytes(far.cache, near.cache)
 
     block, page = torch.tensor([1], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
     near.cache[1] = far.cache[1] = 1.5
-    ops.index_pages(near, block, page, layer.key_offset, layer.rotation)
-    ops.index_pages(far, block, page + SHIFT, layer.key_offset, layer.rotation)
+    ops.index_pages(near, block, page, layer.key_offset)
+    ops.index_pages(far, block, page + SHIFT, layer.key_offset)
     assert same_bytes(far.host[SHIFT + 2], near.host[2])
-    assert same_bytes(far.bits[SHIFT + 2], near.bits[2])
+    assert same_bytes(far.codes[SHIFT + 2], near.codes[2])

@@ -16,7 +16,7 @@ from sentencekv_vllm.types import IndexKind
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "decode_attention.py"
 # docs/performance.md has what is measured: 33 and 51. How many cycles a byte of memory takes
 # differs by machine, so these floors tell a mistake, not a slower processor.
-FLOORS = {IndexKind.TOKEN_BITS: 4.0, IndexKind.CENTROID: 8.0}
+FLOORS = {IndexKind.TOKEN_CODES: 4.0, IndexKind.CENTROID: 8.0}
 ATTEMPTS = 3  # on a machine with neighbours
 
 
