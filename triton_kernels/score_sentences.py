@@ -118,7 +118,8 @@ def _reduce_scores(
         tl.store(mass + i, tl.where(share, probability, float("nan")), mask=i < count)
         if HAS_ROWS:
             row = sentence_row(row_pages, i, touches, M)
-            flag = tl.load(kept + row * H + h, mask=touches & (kind != RANDOM), other=0)
+            flagged = touches & (i < tl.where(kind == RANDOM, 0, count))
+            flag = tl.load(kept + row * H + h, mask=flagged, other=0)
             score += bonus * flag.to(tl.float32)
         tl.store(scores + i, tl.where(touches, score, float("-inf")), mask=i < count)
 

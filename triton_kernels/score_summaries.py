@@ -77,7 +77,8 @@ def _score_summaries(
             extra = tl.dot(spread, side, extra, input_precision="tf32x3")  # squares are long
         dots = tl.dot(centroid, q, dots, input_precision=PRECISION)
     if VECTORS == 2:
-        dots += tl.where(kind == MEAN_STD, FACTOR * tl.sqrt(tl.maximum(extra, 0.0)), extra)
+        deviation = tl.sqrt(tl.where(extra < 0, 0.0, extra))  # what is no number stays so
+        dots += tl.where(kind == MEAN_STD, FACTOR * deviation, extra)
     dots = tl.where(dots > BARRED_PRODUCT, tl.minimum(dots, -BARRED_PRODUCT), BARRED_PRODUCT)
     tl.store(
         best + (head * max_sentences + i)[:, None] * G + g[None, :],
