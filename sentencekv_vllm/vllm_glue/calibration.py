@@ -20,7 +20,6 @@ from vllm.distributed.parallel_state import get_tp_group
 from ..config import ConfigError
 from ..ops.basis import Axes, coded_basis
 from ..ops.basis_file import BasisFile, BasisFileError, basis_path, load_basis, save_basis
-from ..ops.native_build import BuildError
 from ..resolved import ResolvedConfig
 from ..types import Basis, Geometry
 from .calibration_run import measure, prepare
@@ -45,14 +44,15 @@ def find_bases(
     """
     try:
         if not geometry.code_width:
-            raise CalibrationError("no policy of this server ranks by them")
+            raise CalibrationError("no policy of this server ranks by them", is_chosen=True)
         if not resolved.config.calibration:
-            raise CalibrationError("the setting calibration is false")
+            raise CalibrationError("the setting calibration is false", is_chosen=True)
         layers = _axes(vllm_config, geometry, layer_names, device)
     except CalibrationError as error:
         if is_forced(vllm_config.additional_config):
             raise ConfigError(f"the model cannot be calibrated: {error}") from error
-        logger.info("SentenceKV: no basis is calibrated for codes of keys: %s", error)
+        level = logging.INFO if error.is_chosen else logging.WARNING
+        logger.log(level, "SentenceKV: no basis is calibrated for codes of keys: %s", error)
         return None
     bits = resolved.config.index_bits
     return [coded_basis(axes, resolved.code_channels, bits, device) for axes in layers]
@@ -69,10 +69,7 @@ def _axes(
     model, job = current_model(), read_job(vllm_config.additional_config)
     if model is None:  # on all ranks alike
         raise CalibrationError("vLLM's model runner gave its model to nobody")
-    group = get_tp_group()
-    ranks = (group.rank_in_group, group.world_size)
-    name = identity(model, vllm_config.model_config, geometry, *ranks)
-    path = _path(name)
+    name, path = _name(vllm_config, geometry, model)
     stored = None if path is None or job.is_forced else _stored(path, name, geometry, job)
     if not _on_any_rank(stored is None):
         assert stored is not None
@@ -101,12 +98,17 @@ def _axes(
     return found.layers
 
 
-def _path(name: str) -> Path | None:
+def _name(vllm_config: Any, geometry: Geometry, model: Any) -> tuple[str, Path | None]:
+    """What the axes are of, and their file; None where none can be kept."""
+    group = get_tp_group()
+    ranks = (group.rank_in_group, group.world_size)
+    name = ""
     try:
-        return basis_path(name)
-    except (OSError, BuildError) as error:
+        name = identity(model, vllm_config.model_config, geometry, *ranks)
+        return name, basis_path(name)
+    except (OSError, RuntimeError) as error:  # files, tensors of an unknown kind, no folder
         logger.warning("SentenceKV: a calibration cannot be kept: %s", error)
-        return None
+        return name, None
 
 
 def _stored(path: Path, name: str, geometry: Geometry, job: Job) -> BasisFile | None:

@@ -19,7 +19,15 @@ PIECE = 1280  # tokens of a forward
 
 
 class CalibrationError(ValueError):
-    """It cannot run; the message says why."""
+    """It cannot run; the message says why.
+
+    Args:
+        is_chosen: by the settings, so that nobody need be warned.
+    """
+
+    def __init__(self, reason: str, is_chosen: bool = False) -> None:
+        super().__init__(reason)
+        self.is_chosen = is_chosen
 
 
 @dataclass(frozen=True)

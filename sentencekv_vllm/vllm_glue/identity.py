@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..types import Geometry
 
-METHOD = 1  # counts up when equal weights would get other axes
+METHOD = 2  # counts up when equal weights would get other axes
 SAMPLE = 1024  # elements of a tensor that are looked at
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
@@ -33,9 +33,9 @@ def identity(model: nn.Module, model_config: Any, geometry: Geometry, rank: int,
         digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         is_whole &= tensor.numel() > 0
         if tensor.numel():
-            samples.append(_sample(tensor))
+            samples.append(_sample(tensor).cpu())
     if samples:
-        digest.update(torch.cat(samples).cpu().numpy().tobytes())
+        digest.update(torch.cat(samples).numpy().tobytes())
     if not is_whole:  # the CPU keeps linear layers packed, out of sight
         for path in _weight_files(model_config):
             digest.update(_file_sample(path))
