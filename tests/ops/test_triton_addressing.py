@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sentencekv_vllm.ops.pack_keys import pack_keys
+from sentencekv_vllm.ops.basis import plain_basis
+from sentencekv_vllm.ops.pack_keys import pack_keys, unpack_signs
 from sentencekv_vllm.types import LayerPools
 
 HEADS, N, D, M = 2, 16, 64, 20
@@ -35,7 +36,11 @@ def far_pools(on_cpu):
     return LayerPools(
         cache=reserve(FAR + 1, HEADS, N, 2 * D),
         host=reserve(FAR + 1, HEADS, N, 2 * D),
-        bits=torch.zeros(FAR + 1, HEADS, D // 8, N, dtype=torch.uint8),
+        codes=torch.zeros(FAR + 1, HEADS, D // 8, N, dtype=torch.uint8),
+        means=reserve(FAR + 1, HEADS, D, dtype=torch.int8),
+        mean_scales=reserve(FAR + 1, HEADS, dtype=torch.float32),
+        page_kept=reserve(FAR + 1, HEADS, dtype=torch.uint8),
+        basis=plain_basis(HEADS, D, D),
         scales=torch.zeros(FAR + 1, HEADS, N, dtype=torch.bfloat16),
         centroids=reserve((FAR + 1) * M, HEADS, D),
         kept=torch.zeros((FAR + 1) * M, HEADS, dtype=torch.uint8),
@@ -45,17 +50,19 @@ def far_pools(on_cpu):
     )
 
 
-def test_far_pages_are_written_and_read_back(far_pools, build):
+def test_far_pages_are_written_and_read_back(far_pools):
     from sentencekv_vllm.triton_kernels.index_pages import index_pages
     from sentencekv_vllm.triton_kernels.swap_blocks import swap_in
 
-    turn = build(build.row(tokens=0), head_dim=D).rotation
     far_pools.cache[FAR] = torch.randn(HEADS, N, 2 * D)
     block = page = torch.tensor([FAR], dtype=torch.int32)
-    index_pages(far_pools, block, page, turn)
+    index_pages(far_pools, block, page)
     assert torch.equal(far_pools.host[FAR], far_pools.cache[FAR])
-    bits, _ = pack_keys(far_pools.cache[FAR, :, :, :D], turn)
-    assert torch.equal(far_pools.bits[FAR], bits)
+    packed = pack_keys(far_pools.cache[FAR, :, :, :D], far_pools.basis, D)
+    same = unpack_signs(far_pools.codes[FAR]) == unpack_signs(packed.codes)
+    assert same.float().mean() > 0.99, "but for channels that two orders of summation tell apart"
+    torch.testing.assert_close(far_pools.mean_scales[FAR], packed.mean_scales)
+    assert not bool(far_pools.page_kept[FAR].any())
 
     misses = torch.tensor([[FAR, 1, FAR - 1]], dtype=torch.int32)
     swap_in(far_pools, misses, torch.tensor([1], dtype=torch.int32))
@@ -96,28 +103,33 @@ def test_far_head_blocks_are_attended(far_pools):
     torch.testing.assert_close(output[0].float(), expected, rtol=0, atol=2e-2)
 
 
-def test_far_pages_are_scored(on_cpu, build, workspace):
-    """The same pages far away in the pool of sign bits have the same scores."""
-    from sentencekv_vllm.triton_kernels.locate_sentences import locate_sentences
+def test_far_pages_are_ranked(on_cpu, build, workspace):
+    """The same pages far away in the pools of codes have the same masses and ranks."""
     from sentencekv_vllm.triton_kernels.quantize_query import quantize_query
-    from sentencekv_vllm.triton_kernels.score_sentences import score_sentences
+    from sentencekv_vllm.triton_kernels.rank_blocks import rank_blocks
+    from sentencekv_vllm.triton_kernels.score_blocks import score_blocks
 
     case = build(build.row(tokens=320), head_dim=D)
-    far = 2**31 // (HEADS * D // 8 * N) + 5
-    pages = case.batch.pages[0].long()
-    pools = replace(
-        case.pools,
-        bits=reserve(far + 400, HEADS, D // 8, N, dtype=torch.uint8),
-        scales=reserve(far + 400, HEADS, N),
+    codes = case.pools.codes
+    far = 2**31 // (codes[0].numel()) + 5
+    pages, count = case.batch.pages[0].long(), int(case.batch.num_pages[0])
+    moved = {}
+    for name in ("codes", "scales", "means", "mean_scales", "page_kept"):
+        near = getattr(case.pools, name)
+        moved[name] = reserve(far + 400, *near.shape[1:], dtype=near.dtype)
+        moved[name][far + pages] = near[pages]
+    away = replace(
+        case,
+        pools=replace(case.pools, **moved),
+        batch=replace(case.batch, pages=case.batch.pages + far),
     )
-    pools.bits[far + pages] = case.pools.bits[pages]
-    pools.scales[far + pages] = case.pools.scales[pages]
-    moved = replace(case, pools=pools, batch=replace(case.batch, pages=case.batch.pages + far))
     results = []
-    for one in (case, moved):
+    for one in (case, away):
         work = workspace(case, "cpu")
-        locate_sentences(one.batch, work.first)
-        quantize_query(one.query, one.rotation, work.levels, work.steps)
-        score_sentences(one.geometry, one.pools, one.batch, one.query, work)
-        results.append(work.scores[0, :, : int(case.batch.num_sentences[0])])
-    assert torch.equal(*results)
+        quantize_query(one.geometry, one.pools.basis, one.query, work)
+        score_blocks(one.geometry, one.pools, one.batch, work)
+        rank_blocks(one.geometry, one.pools, one.batch, work)
+        tops, sums = work.tops[0, ..., :count], work.sums[0, ..., :count]
+        results.append((tops, sums, work.blocks, work.coverage[0]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(away.pools.page_kept[far + pages], case.pools.page_kept[pages])

@@ -25,7 +25,7 @@ def decode(ops, case, batch, query, out):
     """A step of one layer."""
     ops.set_step(batch.step)
     ops.begin_step(batch)
-    ops.decode_layer(case.geometry, case.pools, batch, query, case.rotation, out)
+    ops.decode_layer(case.geometry, case.pools, batch, query, out)
 
 
 def content(case, tables, s, h, budget):
@@ -46,7 +46,7 @@ def test_steps_equal_the_reference(build, kernels, workspace, head_dim, group):
         build.row(tokens=320, kind=IndexKind.RANDOM, budget=3),
         build.row(tokens=0),
         build.row(tokens=100, budget=99),
-        build.row(tokens=577, reduce=Reduce.MAX, ends=(30, 470, 577), budget=8),
+        build.row(tokens=577, kind=IndexKind.CENTROID, ends=(30, 470, 577), budget=8),
     ]
     case = build(*rows, head_dim=head_dim, group=group, seed=head_dim)
     expected, actual = case.to("cpu"), case.to(kernels)
@@ -64,7 +64,7 @@ def test_steps_equal_the_reference(build, kernels, workspace, head_dim, group):
             device = one.query.device
             its.set_step(step)
             its.begin_step(batch)
-            its.decode_layer(one.geometry, one.pools, batch, query.to(device), one.rotation, out)
+            its.decode_layer(one.geometry, one.pools, batch, query.to(device), out)
         for s, budget in enumerate(case.batch.budget_blocks.tolist()):
             for h in range(case.geometry.num_kv_heads):
                 assert torch.equal(
@@ -75,7 +75,8 @@ def test_steps_equal_the_reference(build, kernels, workspace, head_dim, group):
             result = getattr(actual_out, name).cpu()
             assert torch.equal(result, getattr(expected_out, name)), (step, name)
     assert int(actual_out.hits.sum()) > 0
-    assert torch.equal(actual.pools.kept.cpu(), expected.pools.kept)
+    for name in ("kept", "page_kept"):
+        assert torch.equal(getattr(actual.pools, name).cpu(), getattr(expected.pools, name)), name
     torch.testing.assert_close(
         actual_out.coverage.cpu(), expected_out.coverage, rtol=1e-4, atol=1e-5, equal_nan=True
     )
@@ -94,7 +95,7 @@ def test_a_layer_attends_to_what_the_layer_before_selected(build, kernels, works
         first, second = case.to(device), case.to(device)
         second.pools.host.copy_(-first.pools.host)
         out, shared = outputs(case, device), outputs(case, device)
-        ops.decode_layer(first.geometry, first.pools, first.batch, first.query, first.rotation, out)
+        ops.decode_layer(first.geometry, first.pools, first.batch, first.query, out)
         ops.reuse_selection(second.pools, second.batch, shared)
         assert torch.equal(shared.head_tables, out.head_tables)
         assert torch.equal(second.pools.page_slot, first.pools.page_slot)
@@ -123,6 +124,35 @@ def test_requests_do_not_see_each_other(build, kernels, workspace):
     assert torch.equal(single.head_tables[0], out.head_tables[1])
 
 
+@pytest.mark.parametrize(
+    ("kind", "server"),
+    [
+        (IndexKind.TOKEN_CODES, {"vectors": 0}),
+        (IndexKind.CENTROID, {"vectors": 1, "codes": False}),
+        (IndexKind.RANDOM, {"vectors": 0, "codes": False}),
+    ],
+)
+def test_a_server_keeps_what_its_policies_read(build, kernels, workspace, kind, server):
+    from sentencekv_vllm.triton_kernels.layer_ops import TritonOps
+
+    case = build(*(build.row(tokens=tokens, kind=kind) for tokens in (300, 577)), **server)
+    only = kind == IndexKind.TOKEN_CODES
+    if only:
+        case.batch.num_sentences.zero_()
+    tables = []
+    for ops, device in (
+        (ReferenceOps(), "cpu"),
+        (TritonOps(workspace(case, kernels)), kernels),
+    ):
+        one, out = case.to(device), outputs(case, device)
+        decode(ops, one, replace(one.batch, token_codes_only=only), one.query, out)
+        tables.append((out.head_tables.cpu(), out.misses.cpu()))
+        torch.testing.assert_close(
+            out.coverage.isnan().cpu(), torch.full((2,), kind == IndexKind.RANDOM)
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*tables, strict=True))
+
+
 @pytest.mark.gpu
 def test_a_captured_graph_replays_new_steps(build, kernels, workspace):
     from sentencekv_vllm.triton_kernels.layer_ops import TritonOps
@@ -135,9 +165,7 @@ def test_a_captured_graph_replays_new_steps(build, kernels, workspace):
 
     def layer():
         ops.begin_step(actual.batch)
-        ops.decode_layer(
-            actual.geometry, actual.pools, actual.batch, query, actual.rotation, actual_out
-        )
+        ops.decode_layer(actual.geometry, actual.pools, actual.batch, query, actual_out)
 
     warm = case.to(kernels)  # compiles on tables of its own
     decode(ops, warm, warm.batch, query, outputs(case, kernels))
@@ -154,7 +182,6 @@ def test_a_captured_graph_replays_new_steps(build, kernels, workspace):
             expected.pools,
             replace(expected.batch, step=step),
             query.cpu(),
-            expected.rotation,
             expected_out,
         )
         assert torch.equal(actual_out.head_tables.cpu(), expected_out.head_tables)
@@ -164,7 +191,7 @@ def test_a_captured_graph_replays_new_steps(build, kernels, workspace):
 @pytest.mark.parametrize(
     ("changes", "max_pages", "message"),
     [
-        ({}, 65536, "set the block size to 128"),
+        ({}, 65536, "set the block size to 32"),
         ({"block_size": 24}, 10, "not 24 and 64"),
         ({"head_dim": 72}, 10, "not 16 and 72"),
         ({"head_dim": 512}, 10, "not 16 and 512"),

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which variants of the Triton kernels start-up compiles, and which ones serving launches.
 
-Run as `python -P tests/worker/launch_keys.py CUDA 2 auto` (ops, vectors a sentence, host_kv_dtype)
-without TRITON_INTERPRET: a worker of two layers lives through crowds of requests. Nothing is
-compiled and no kernel runs; the keys under which Triton would keep the kernels are printed, as one
-JSON object. A process of its own, since Triton is either compiled or interpreted throughout.
+Run as `python -P tests/worker/launch_keys.py CUDA 2 64 auto` (ops, vectors a sentence, bits of a
+token's code, host_kv_dtype) without TRITON_INTERPRET: a worker of two layers
+lives through crowds of requests. Nothing is compiled and no kernel runs; the keys under which
+Triton would keep the kernels are printed, as one JSON object. A process of its own, since Triton is either compiled or interpreted throughout.
 """
 
 from __future__ import annotations
@@ -105,11 +105,11 @@ def record_launches() -> dict[Key, None]:
 CUDA_KERNELS = torch.library.Library("sentencekv", "IMPL")
 
 
-def make_runtime(ops: type[TritonOps], heads: int, vectors: int, host_dtype: str) -> Runtime:
+def make_runtime(
+    ops: type[TritonOps], heads: int, vectors: int, width: int, host_dtype: str
+) -> Runtime:
     form = host_format(host_dtype, N, D, 2)
-    geometry = Geometry(
-        LAYERS, heads, GROUP, D, N, 3, D**-0.5, vectors_per_row=vectors, host_format=form
-    )
+    geometry = Geometry(LAYERS, heads, GROUP, D, N, 3, D**-0.5, vectors, width, form)
     sizes = Sizes(geometry, CPU, SLOTS, LONGEST, 4000, WORKING_SET)
 
     def workspace(requests: int) -> Workspace:
@@ -159,7 +159,6 @@ class Request:
             query_kind=int(query_kind),
             budget_blocks=1 + slot,
             seed=slot,
-            byte_rows=D // 8,
         )
 
     def update(self, sentence_tokens: int) -> RequestUpdate | None:
@@ -221,13 +220,16 @@ def serve(worker: Runtime, kinds: list[IndexKind]) -> None:
 
 
 def main() -> None:
-    ops, vectors = {"CUDA": CudaOps, "Triton": TritonOps}[sys.argv[1]], int(sys.argv[2])
+    ops = {"CUDA": CudaOps, "Triton": TritonOps}[sys.argv[1]]
+    vectors, width = map(int, sys.argv[2:4])
     kinds = [kind for kind in IndexKind if kind.vectors <= vectors]
+    if not width:
+        kinds.remove(IndexKind.TOKEN_CODES)
     keys = record_launches()
     result: dict[str, list[Key]] = {"compiled": [], "late": []}
     for heads in (1, 3):  # few: the tables of a layer begin where those of the one before end
         keys.clear()
-        worker = make_runtime(ops, heads, vectors, sys.argv[3])
+        worker = make_runtime(ops, heads, vectors, width, sys.argv[4])
         warm_up(worker, lambda plan, query, worker=worker: attend(worker, 0, plan, query))
         compiled = list(keys)
         serve(worker, kinds)
