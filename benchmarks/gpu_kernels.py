@@ -14,13 +14,17 @@ from gpu_step import Step
 from sentencekv_vllm.ops.cuda_layer_ops import CudaOps
 from sentencekv_vllm.triton_kernels.locate_sentences import locate_sentences
 from sentencekv_vllm.triton_kernels.quantize_query import quantize_query
+from sentencekv_vllm.triton_kernels.rank_blocks import rank_blocks
+from sentencekv_vllm.triton_kernels.score_blocks import score_blocks
 from sentencekv_vllm.triton_kernels.score_sentences import score_sentences
 from sentencekv_vllm.triton_kernels.select_blocks import select_blocks
 from sentencekv_vllm.types import IndexKind
 
-# The rest is Triton in both; from the logits on, CUDA has one launch for all.
-CUDA_KERNELS = ("score_tokens", "select_and_swap_in", "resolve_residency", "swap_in")
-EMPTIES_LOGITS = ("select_and_swap_in",)
+# The rest is Triton in both; from the masses on, CUDA has one launch for all.
+CUDA_KERNELS = (
+    *("quantize_query", "score_blocks", "rank_blocks", "score_and_rank"),
+    *("select_and_swap_in", "resolve_residency", "swap_in"),
+)
 OFFLOADED_PAGES = 256  # what one chunk of prefill copies out
 SEALED_SENTENCES = 128
 SEALED_TOKENS = 28
@@ -52,7 +56,10 @@ def sealed(layer: Layer) -> int:
 
 
 def kernels(step: Step) -> dict[str, Callable[[], None]]:
-    """Calls on the state that a finished step left, by the name of the op."""
+    """Calls on the state that a finished step left, by the name of the op.
+
+    `score_and_rank` is all from the query to the selected blocks.
+    """
     layer, work, ops = step.layer, step.work, step.ops
     geometry, pools, batch, query = layer.geometry, layer.pools, layer.batch, layer.query
     centroids = replace(
@@ -65,24 +72,36 @@ def kernels(step: Step) -> dict[str, Callable[[], None]]:
     touched = -(-(3 + SEALED_TOKENS) // BLOCK)
     span_blocks = (rows[:, None] + rows[:touched]) % len(pools.cache)
     offset = torch.empty(0)  # GPU blocks hold plain rows
+    basis = pools.basis
+    assert basis is not None
     of_cuda: dict[str, Callable[[], None]] = {}
     if isinstance(ops, CudaOps):
+
+        def score_and_rank() -> None:
+            ops.score(geometry, pools, batch, query)
+            ops.rank(geometry, pools, batch)
+
         of_cuda = {
-            "score_tokens": lambda: ops.score(geometry, pools, batch, query, layer.rotation),
+            "quantize_query": lambda: ops.quantize_query(basis, batch, query),
+            "score_blocks": lambda: ops.score_blocks(geometry, pools, batch),
+            "rank_blocks": lambda: ops.rank(geometry, pools, batch),
+            "score_and_rank": score_and_rank,
             "select_and_swap_in": lambda: ops.select_and_swap_in(geometry, pools, batch, layer.out),
         }
     return {
-        **of_cuda,
         "locate_sentences": lambda: locate_sentences(batch, work.first),
-        "quantize_query": lambda: quantize_query(query, layer.rotation, work.levels, work.steps),
-        "score_sentences": lambda: score_sentences(geometry, pools, batch, query, work),
+        "quantize_query": lambda: quantize_query(geometry, basis, query, work),
+        "score_blocks": lambda: score_blocks(geometry, pools, batch, work),
+        "rank_blocks": lambda: rank_blocks(geometry, pools, batch, work),
+        "score_and_rank": lambda: ops.select(geometry, pools, batch, query),
         "score_centroids": lambda: score_sentences(geometry, pools, centroids, query, work),
-        "select_blocks": lambda: select_blocks(geometry, pools, batch, work),
+        "select_blocks": lambda: select_blocks(geometry, pools, centroids, work),
         "resolve_residency": lambda: ops.resolve_residency(pools, batch, layer.out),
         "swap_in": lambda: ops.swap_in(pools, batch),
         "sparse_decode": step.attend,
-        "index_pages": lambda: ops.index_pages(pools, blocks, blocks, offset, layer.rotation),
+        "index_pages": lambda: ops.index_pages(pools, blocks, blocks, offset),
         "index_sentences": lambda: ops.index_sentences(pools, rows, spans, span_blocks, offset),
+        **of_cuda,
     }
 
 
@@ -90,17 +109,21 @@ def floors(layer: Layer, missed: int) -> dict[str, Floor]:
     """The least traffic of each kernel where `missed` blocks a KV head are not resident."""
     requests, heads, dim = layer.requests, layer.geometry.num_kv_heads, layer.geometry.head_dim
     sentences = int(layer.batch.num_sentences.sum())
-    tokens = int(layer.batch.num_pages.sum()) * BLOCK
-    query = layer.query.numel()
+    blocks = int(layer.batch.num_pages.sum())
+    tokens, query = blocks * BLOCK, layer.query.numel()
+    masses = 8 * blocks * layer.geometry.num_query_heads
+    index = heads * (tokens * (layer.geometry.code_width // 8 + 2) + blocks * (dim + 4))
+    query_map = 4 * heads * dim * dim
     offloaded_bytes = offloaded(layer) * heads * layer.head_block_bytes
     return {
         "locate_sentences": Floor(4 * (sentences + tokens // BLOCK)),
-        "quantize_query": Floor(3 * query),
-        "score_tokens": Floor(tokens * heads * (dim // 8 + 2)),
+        "quantize_query": Floor(query_map + 4 * query),
+        "score_blocks": Floor(index + masses),
+        "rank_blocks": Floor(masses),
+        "score_and_rank": Floor(query_map + index + 2 * masses),
         "select_and_swap_in": Floor(
-            17 * heads * sentences, to_gpu=requests * heads * missed * layer.head_block_bytes
+            masses, to_gpu=requests * heads * missed * layer.head_block_bytes
         ),
-        "score_sentences": Floor(tokens * heads * (dim // 8 + 2) + 8 * heads * sentences),
         "score_centroids": Floor(2 * sentences * heads * dim + 8 * heads * sentences),
         "select_blocks": Floor(9 * heads * sentences),
         "resolve_residency": Floor(4 * requests * heads * (4 * layer.budget + layer.working_set)),

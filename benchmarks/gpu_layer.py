@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sentencekv_vllm.ops.layer_ops import DecodeOutputs
+from sentencekv_vllm.ops.rank_blocks import retention_factor
 from sentencekv_vllm.ops.rotation import rotation
-from sentencekv_vllm.types import Geometry, IndexKind, LayerPools, Reduce, SparseBatch
+from sentencekv_vllm.types import Basis, Geometry, IndexKind, LayerPools, Reduce, SparseBatch
 
 # The CPU only shows that the benchmark runs, in Triton's interpreter.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,9 +56,10 @@ class Layer:
             block_size=BLOCK,
             rows_per_page=BLOCK // SENTENCE_TOKENS[0],
             scale=dim**-0.5,
+            code_width=dim,  # two bits of half the channels
         )
-        self.rotation = rotation(dim).to(DEVICE)
-        self.query = self._normal(requests, shape.num_query_heads, dim)
+        # On a grid, so that a product with the basis is exact in any order and precision.
+        self.query = (32 * self._normal(requests, shape.num_query_heads, dim)).round() / 32
 
         pages = requests * history
         kept_blocks = SINK_BLOCKS + RECENT_BLOCKS
@@ -70,8 +72,12 @@ class Layer:
         self.pools = LayerPools(
             cache=self._normal(blocks, heads, BLOCK, 2 * dim),
             host=self._host(pages),
-            bits=self._integers(0, 256, (pages, heads, dim // 8, BLOCK), torch.uint8),
-            scales=self._normal(pages, heads, BLOCK).abs(),
+            codes=self._integers(0, 256, (pages, heads, dim // 8, BLOCK), torch.uint8),
+            scales=self._normal(pages, heads, BLOCK).abs() / 8,
+            means=self._integers(-127, 128, (pages, heads, dim), torch.int8),
+            mean_scales=self._normal(pages, heads).abs().float() / 64,
+            page_kept=self._full((pages, heads), 0, torch.uint8),
+            basis=self._basis(heads, dim),
             centroids=self._normal(rows, heads, dim),
             kept=self._full((rows, heads), 0, torch.uint8),
             page_slot=self._full((pages, heads), -1),
@@ -103,13 +109,12 @@ class Layer:
             history_hi=self._full((s,), history - RECENT_BLOCKS),
             budget_blocks=self._full((s,), self.budget),
             private_blocks=private.contiguous(),
-            index_kind=self._full((s,), IndexKind.TOKEN_BITS),
+            index_kind=self._full((s,), IndexKind.TOKEN_CODES),
             reduce=self._full((s,), Reduce.SOFTMAX_MEAN),
-            retention=torch.full((s,), 5.0, device=DEVICE),
+            retention=torch.full((s,), retention_factor(5.0), device=DEVICE),
             seed=self._full((s,), 1),
-            byte_rows=self._full((s,), self.geometry.index_dim // 8),
             step=0,
-            token_bits_only=True,
+            token_codes_only=True,
         )
 
     def _tables(self, sinks: Tensor, recent: Tensor) -> Tensor:
@@ -139,12 +144,18 @@ class Layer:
 
     def saved_state(self) -> dict[str, Tensor]:
         """Copies of what a decode step changes."""
-        names = ("page_slot", "slot_page", "slot_stamp", "kept")
+        names = ("page_slot", "slot_page", "slot_stamp", "kept", "page_kept")
         return {name: getattr(self.pools, name).clone() for name in names}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         for name, value in state.items():
             getattr(self.pools, name).copy_(value)
+
+    @staticmethod
+    def _basis(heads: int, dim: int) -> Basis:
+        """Signs of a Hadamard matrix for queries, an eighth each."""
+        turn = rotation(dim).to(DEVICE).expand(heads, -1, -1).contiguous()
+        return Basis(turn, turn.sign() / 8, torch.zeros(heads, dim, device=DEVICE), bits=2)
 
     def _host(self, pages: int) -> Tensor:
         """The swap pool, filled through the GPU, which is the faster generator."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from gpu_clock import GIB, Bandwidth, Clock, capture
-from gpu_kernels import CUDA_KERNELS, EMPTIES_LOGITS, floors, kernels
+from gpu_kernels import CUDA_KERNELS, floors, kernels
 from gpu_layer import BLOCK, DEVICE, Layer, Shape
 from gpu_peers import DenseCache, peers
 from gpu_report import Row
@@ -49,8 +49,7 @@ class Bench:
                 step.run()
                 for case, call in kernels(step).items():
                     if name == "Triton" or case in CUDA_KERNELS:
-                        before = step.with_logits(restore) if case in EMPTIES_LOGITS else restore
-                        timing = self._clock.time(call, before)
+                        timing = self._clock.time(call, restore)
                         yield Row.of(where, case, name, timing,
                                      floor[case].seconds(self._bandwidth))  # fmt: skip
 
@@ -61,7 +60,7 @@ class Bench:
                 parts = floors(layer, missed)
                 floor = sum(
                     parts[case].seconds(self._bandwidth)
-                    for case in ("score_sentences", "swap_in", "sparse_decode")
+                    for case in ("score_blocks", "swap_in", "sparse_decode")
                 )
                 for name, make_ops in implementations().items():
                     step = Step(layer, make_ops)

@@ -63,18 +63,6 @@ class Step:
         self.ops.set_step(self._step)
         return lambda: self.layer.restore(state)
 
-    def with_logits(self, restore: Callable[[], None]) -> Callable[[], None]:
-        """A call of `restore` that also leaves the logits of all sentences, ready to be ranked."""
-        layer, best = self.layer, self.work.best
-        self.ops.score(layer.geometry, layer.pools, layer.batch, layer.query, layer.rotation)
-        saved = best.clone()
-
-        def both() -> None:
-            restore()
-            best.copy_(saved)
-
-        return both
-
     def advance(self) -> None:
         self._step += 1
         self.ops.set_step(self._step)
@@ -89,9 +77,7 @@ class Step:
     def run_layer(self) -> None:
         """What every layer of a step does, as the worker captures it."""
         layer = self.layer
-        self.ops.decode_layer(
-            layer.geometry, layer.pools, layer.batch, layer.query, layer.rotation, layer.out
-        )
+        self.ops.decode_layer(layer.geometry, layer.pools, layer.batch, layer.query, layer.out)
         self.attend()
 
     def attend(self) -> None:

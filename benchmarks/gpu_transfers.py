@@ -51,7 +51,7 @@ class Transfer:
         """(case, implementation, call, whether a graph may hold it)."""
         host, cache = self._host, self._cache
         unused = torch.empty(0)
-        pools = LayerPools(cache, host, *[unused] * 7)
+        pools = LayerPools(cache, host, *[unused] * 3)
         rows, count = self._misses.view(-1, 3), self._counts.sum(dtype=torch.int32)[None]
         plain = host[: len(cache)]
         yield "gather", "plain copy", lambda: cache.copy_(plain, non_blocking=True), True
