@@ -105,7 +105,7 @@ def index_sentences(
     _, heads, n, width = pools.cache.shape
     dim = width // 2
     assert pools.cache.stride()[2:] == (width, 1), "a head-block is contiguous"
-    assert pools.spreads is not None or kind.vectors == 1, "index_vectors is 2"
+    assert pools.spreads is not None or kind.vectors < 2, "index_vectors is 2"
     if len(rows) == 0:
         return
     _index_sentences[(len(rows), heads)](

@@ -4,7 +4,8 @@
 Run as `python -P tests/worker/launch_keys.py CUDA 2 64 auto` (ops, vectors a sentence, bits of a
 token's code, host_kv_dtype) without TRITON_INTERPRET: a worker of two layers
 lives through crowds of requests. Nothing is compiled and no kernel runs; the keys under which
-Triton would keep the kernels are printed, as one JSON object. A process of its own, since Triton is either compiled or interpreted throughout.
+Triton would keep the kernels are printed, as one JSON object. A process of its own, since Triton is
+either compiled or interpreted throughout.
 """
 
 from __future__ import annotations
