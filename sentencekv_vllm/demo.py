@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
     parser.add_argument("--depths", type=float, nargs="+", default=DEPTHS, metavar="SHARE")
     parser.add_argument("--model", help="a real one: a folder, smollm2, qwen or gemma3")
-    parser.add_argument("--tokens", type=int, default=3072, help="of its prompts")
+    parser.add_argument("--tokens", type=int, default=2048, help="of its prompts")
     options = parser.parse_args(arguments)
     if options.model:
         _end_on_sigterm()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Protocol
 
 import numpy as np
@@ -101,6 +102,7 @@ class VllmEngine:
             max_logprobs=-1,
         )
         self._tokenizer = self._llm.get_tokenizer()
+        self._end = self._tokenizer.eos_token_id
         self._vocabulary = self._llm.llm_engine.vllm_config.model_config.get_vocab_size()
 
     def count_tokens(self, text: str) -> int:
@@ -121,7 +123,8 @@ class VllmEngine:
                 np.array(reply.token_ids[first:]), self._table(reply.logprobs[first:])
             )
         elif request.forced:
-            text = self._tokenizer.decode(reply.token_ids[first:], skip_special_tokens=True)
+            free = takewhile(lambda token: token != self._end, reply.token_ids[first:])
+            text = self._tokenizer.decode(list(free), skip_special_tokens=True)
         return Completion(
             text=text,
             output_tokens=len(reply.token_ids),
@@ -149,7 +152,10 @@ class VllmEngine:
             )
         # No stop string: vLLM finds it outside the engine, and the reply has no summary then.
         return SamplingParams(
-            temperature=0, max_tokens=len(forced) + request.max_tokens, extra_args=options
+            temperature=0,
+            max_tokens=len(forced) + request.max_tokens,
+            ignore_eos=self._end in forced,  # a chat goes on behind the end of its first reply
+            extra_args=options,
         )
 
     def _table(self, positions: Sequence[Mapping[int, Any]]) -> NDArray[np.float32]:

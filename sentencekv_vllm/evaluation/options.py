@@ -16,7 +16,7 @@ from .benchmark_files import FORMATS
 from .items import DEFAULT_STYLES, STYLES
 from .long_texts import TEXT_TASKS
 from .real.models import MODELS, full_name, models_folder
-from .real.tasks import FAMILY, QUESTIONS, REAL_TASKS, TEXTS
+from .real.tasks import FAMILY, QUESTIONS, REAL_TASKS, SESSION_TASK, TEXTS
 from .recall_tasks import ALL_TASKS
 from .run_presets import PRESETS
 from .variant import ALL, DENSE, parse_policies
@@ -147,6 +147,8 @@ def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespa
         parser.error("--kl needs an engine in this process: leave out --server")
     if options.kl and DENSE not in options.policies:
         parser.error(f"--kl measures the distance from {DENSE}: add it to --policies")
+    if options.server and SESSION_TASK in options.tasks:
+        parser.error(f"{SESSION_TASK} needs an engine in this process: leave out --server, or it")
     if options.server and set(QUESTIONS) & set(options.tasks) and options.model == str(MODEL):
         parser.error(
             f"{FAMILY} tasks are written in the chat template of --model: name the folder of the "

