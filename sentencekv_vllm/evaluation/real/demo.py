@@ -59,7 +59,7 @@ def arguments(tokens: int, ours: bool) -> list[str]:
         "block-size": 32,
         "max-model-len": tokens + max(REPLY_TOKENS, MEMORY_TOKENS) + 32,
         "max-num-seqs": 2,
-        "kv-cache-memory-bytes": 2 << 30,
+        "kv-cache-memory-bytes": 1 << 30,
     }
     if not torch.cuda.is_available():
         settings["dtype"] = "float32"  # what every CPU multiplies fast
