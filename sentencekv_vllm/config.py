@@ -103,9 +103,9 @@ class SentenceKVConfig:
     """Whether tokens' codes are kept, by which `sentencekv` ranks; None: where the server's own
     policy does."""
 
-    index_channels: int | None = _option(None, low=8)
-    """Channels of a key that its code has bits for, a multiple of 8; None: half of them. Fewer
-    make the index smaller and its estimates noisier."""
+    index_share: float = _option(0.5, above=0, high=1)
+    """Share of a key's channels that its code has bits for, in steps of 8 channels. Fewer make the
+    index smaller and its estimates noisier."""
 
     index_bits: int = _option(2, low=1, high=2)
     """Bits of a channel's code."""
@@ -198,8 +198,10 @@ class SentenceKVConfig:
             )
         if (conflict := policy.estimate_conflict) is not None:
             raise ConfigError(f"{conflict}: set estimate to false")
-        if index is not None and self.index_vectors is not None and (
-            self.index_vectors < policy.vectors
+        if (
+            index is not None
+            and self.index_vectors is not None
+            and (self.index_vectors < policy.vectors)
         ):
             raise ConfigError(
                 f"index {index.name.lower()!r}{' with estimate' * policy.estimate} keeps "

@@ -159,16 +159,7 @@ def _code_channels(config: SentenceKVConfig, policy: SelectionPolicy, head_dim: 
     reads = policy.index is IndexKind.TOKEN_CODES
     if not (reads if config.index_codes is None else config.index_codes):
         return 0
-    channels = head_dim // 16 * 8 or 8
-    if config.index_channels is not None:
-        channels = config.index_channels
-    if channels % 8 or channels > head_dim:
-        fix = min(8 * -(-channels // 8), head_dim)
-        raise ConfigError(
-            f"index_channels {channels} is no multiple of 8 up to this model's head_dim "
-            f"{head_dim}: set it to {fix}"
-        )
-    return channels
+    return max(8, int(config.index_share * head_dim) // 8 * 8)
 
 
 def _host_format(name: str, block_size: int, head_dim: int, dtype_size: int) -> HostFormat | None:

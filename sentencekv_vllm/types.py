@@ -161,6 +161,10 @@ class SparseBatch:
     step: int  # increases by one per step; the LRU stamp
     token_codes_only: bool = False  # known on the host: every index_kind is TOKEN_CODES
 
+    def takes_everything(self, s: int) -> bool:
+        """The budget covers the history of request `s`: nothing is ranked. Waits for a device."""
+        return bool(self.budget_blocks[s] == self.history_hi[s] - self.history_lo[s])
+
 
 @dataclass(frozen=True)
 class Selection:

@@ -53,7 +53,10 @@ def test_nothing_typed_means_the_defaults():
         ({"stay_dense_when_covered": 1}, ["stay_dense_when_covered", "bool", "1 (int)"]),
         ({"segmenter": "nltk"}, ["segmenter", "nltk", "auto, spacy, punctuation, fixed"]),
         ({"on_pool_full": "drop"}, ["on_pool_full", "dense, wait"]),
-        ({"index": "token_bit"}, ["index", "did you mean 'token_bits'?"]),
+        ({"index": "token_code"}, ["index", "did you mean 'token_codes'?"]),
+        ({"grouping": "sentences"}, ["'token_codes' ranks blocks", "grouping to 'blocks'"]),
+        ({"head_reduce": "max"}, ["by probability", "head_reduce to 'softmax_mean'"]),
+        ({"index_codes": False}, ["'sentencekv'", "index_codes is false", "remove it"]),
         ({"head_reduce": "sum"}, ["head_reduce", "softmax_mean, max, mean"]),
         (
             {"min_sentence_tokens": 80},
@@ -121,7 +124,7 @@ def test_every_preset_is_valid_and_fits_an_8b_model(name):
 def test_the_default_preset_spells_out_the_defaults():
     assert load_preset("default") == SentenceKVConfig()
     written = yaml.safe_load(preset_path("default").read_text())["additional-config"]["sentencekv"]
-    policys_own = {"index", "grouping", "query", "head_reduce", "retention", "score_channels"}
+    policys_own = {"index", "grouping", "query", "head_reduce", "retention"}
     policys_own |= {"layer_weights"}
     policys_own |= {"estimate"}
     assert set(written) == {f.name for f in fields(SentenceKVConfig)} - policys_own
@@ -174,37 +177,60 @@ def test_every_policy_has_a_preset_of_its_name(name):
 
 
 def test_room_for_two_vectors_is_made_where_it_is_needed_or_asked_for():
-    default, quest = sizes(), sizes(policy="quest")
-    assert (default.index_vectors, quest.index_vectors) == (1, 2)
-    assert sizes(policy="streaming").index_vectors == 1
+    assert [sizes(policy=name).index_vectors for name in POLICIES] == [
+        0 if policy.index is None else policy.vectors for policy in POLICIES.values()
+    ]
+    paper, quest = sizes(policy="sentencekv-paper"), sizes(policy="quest")
+    assert (sizes().index_vectors, paper.index_vectors, quest.index_vectors) == (0, 1, 2)
     assert sizes(estimate=True).index_vectors == sizes(policy="retroinfer").index_vectors == 2
     assert sizes(policy="retroinfer", estimate=False).index_vectors == 1
-    assert sizes(index_vectors=2).index_bytes == quest.index_bytes
+    assert sizes(policy="streaming", index_vectors=2).index_bytes == quest.index_bytes
     head_blocks = MODEL["num_layers"] * MODEL["num_kv_heads"]
-    vector = 2 * MODEL["head_dim"] * default.rows_per_page * head_blocks
-    assert quest.index_page_bytes - default.index_page_bytes == vector
+    vector = 2 * MODEL["head_dim"] * paper.rows_per_page * head_blocks
+    assert quest.index_page_bytes - paper.index_page_bytes == vector
 
 
-@pytest.mark.parametrize("channels", [12, 68, 72, 7])
-def test_a_part_of_the_channels_is_whole_bytes_of_the_models(channels):
-    with pytest.raises(ConfigError, match="index_channels"):
-        sizes(index_channels=channels)  # of 64
-    assert sizes(index_channels=64).index_page_bytes == sizes().index_page_bytes
+def test_codes_are_kept_where_they_are_read_or_asked_for():
+    assert sizes().code_width == 64  # two bits of half of 64 channels
+    assert sizes(policy="quest").code_width == sizes(policy="snapkv").code_width == 0
+    assert sizes(policy="snapkv").index_bytes == 0
+    both = sizes(policy="quest", index_codes=True)
+    assert (
+        both.index_page_bytes == sizes().index_page_bytes + sizes(policy="quest").index_page_bytes
+    )
 
 
-@pytest.mark.parametrize("index_channels", [None, 24])
+def test_the_index_of_an_8b_model_is_less_than_a_twentieth_of_its_kv():
+    """docs/memory_layout.md; head_dim 128, blocks of 32."""
+    shape = {"num_kv_heads": 8, "head_dim": 128, "num_layers": 32, "dtype_size": 2}
+    for settings, most in (({}, 0.045), ({"index_share": 0.25}, 0.03)):
+        config = SentenceKVConfig.from_dict(settings)
+        resolved = resolve(config, block_size=32, **shape)
+        assert resolved.index_page_bytes < most * resolved.page_bytes
+
+
+@pytest.mark.parametrize(
+    ("share", "channels"), [(0.01, 8), (0.2, 8), (0.25, 16), (0.4, 24), (0.5, 32), (1, 64)]
+)
+def test_a_share_of_the_channels_is_whole_bytes(share, channels):
+    assert sizes(index_share=share).code_channels == channels  # of 64
+    assert sizes(index_share=share).code_width == 2 * channels
+    assert sizes(index_share=share, index_bits=1).code_width == channels
+
+
+@pytest.mark.parametrize("index_share", [0.5, 0.375])
 @pytest.mark.parametrize("host_kv_dtype", HOST_DTYPES)
-@pytest.mark.parametrize("index_vectors", [1, 2])
+@pytest.mark.parametrize("index_vectors", [0, 1, 2])
 @pytest.mark.parametrize("block_size", [16, 32, 128])
 def test_announced_bytes_are_the_bytes_allocated(
-    block_size, index_vectors, host_kv_dtype, index_channels
+    block_size, index_vectors, host_kv_dtype, index_share
 ):
     resolved = sizes(
         block_size,
         host_pool_gib=0.01,
         min_context_tokens=256,
         index_vectors=index_vectors,
-        index_channels=index_channels,
+        index_share=index_share,
         host_kv_dtype=host_kv_dtype,
     )
     geometry = Geometry(
@@ -216,7 +242,7 @@ def test_announced_bytes_are_the_bytes_allocated(
         rows_per_page=resolved.rows_per_page,
         scale=0.125,
         vectors_per_row=resolved.index_vectors,
-        index_channels=resolved.index_dim,
+        code_width=resolved.code_width,
         host_format=resolved.host_format,
     )
     caches = [torch.empty(3, 2, block_size, 128, dtype=torch.bfloat16) for _ in range(4)]

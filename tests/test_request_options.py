@@ -64,7 +64,7 @@ def test_the_ranking_can_be_taken_apart():
         "sentencekv_head_reduce": "max",
         "sentencekv_retention": 0,
     }
-    policy = RequestOptions.parse(extra, server()).policy
+    policy = RequestOptions.parse(extra, server(index_vectors=1)).policy
     found = (policy.index, policy.grouping, policy.query, policy.reduce, policy.retention)
     assert found == (IndexKind.CENTROID, "blocks", QueryKind.RUNNING_MEAN, Reduce.MAX, 0.0)
 
@@ -74,13 +74,15 @@ def test_what_is_left_out_is_estimated_on_demand():
     assert not RequestOptions.parse({}, resolved).policy.estimate
     assert RequestOptions.parse({"sentencekv_estimate": "on"}, resolved).policy.estimate
     extra = {"sentencekv_policy": "retroinfer", "sentencekv_estimate": "off"}
-    assert not RequestOptions.parse(extra, server()).policy.estimate
+    assert not RequestOptions.parse(extra, server(index_vectors=1)).policy.estimate
 
 
-@pytest.mark.parametrize(("share", "rows"), [(0.5, 4), (0.01, 1), (0.51, 5), (1, 8)])
-def test_a_share_of_the_channels_is_counted_in_bytes(share, rows):
-    options = RequestOptions.parse({"sentencekv_score_channels": share}, server())
-    assert options.byte_rows == rows  # of head_dim 64
+def test_a_server_of_another_policy_keeps_codes_on_demand():
+    extra = {"sentencekv_policy": "sentencekv"}
+    with pytest.raises(RequestOptionsError, match="index_codes of true"):
+        RequestOptions.parse(extra, server(policy="quest"))
+    resolved = server(policy="quest", index_codes=True)
+    assert RequestOptions.parse(extra, resolved).policy == POLICIES["sentencekv"]
 
 
 @pytest.mark.parametrize(
@@ -107,12 +109,9 @@ def test_a_share_of_the_channels_is_counted_in_bytes(share, rows):
         ),
         ({"sentencekv_grouping": "page"}, ["sentencekv_grouping", "sentences, blocks"]),
         ({"sentencekv_query": "last"}, ["sentencekv_query", "running_mean, previous"]),
-        ({"sentencekv_score_channels": 0}, ["sentencekv_score_channels", "above 0", "0"]),
-        ({"sentencekv_score_channels": 1.5}, ["sentencekv_score_channels", "at most 1", "1.5"]),
-        (
-            {"sentencekv_policy": "think", "sentencekv_index": "centroid"},
-            ["score_channels 0.5", "'centroid'", "sentencekv_score_channels to 1"],
-        ),
+        ({"sentencekv_grouping": "sentences"}, ["ranks blocks", "grouping to 'blocks'"]),
+        ({"sentencekv_head_reduce": "max"}, ["by probability", "head_reduce to 'softmax_mean'"]),
+        ({"sentencekv_index": "centroid"}, ["'centroid'", "1 vectors", "index_vectors of 1"]),
         ({"sentencekv_index": "centroids"}, ["did you mean 'centroid'?"]),
         ({"sentencekv_retention": "5"}, ["sentencekv_retention", "number", "'5'"]),
         ({"sentencekv_retention": float("inf")}, ["sentencekv_retention", "inf"]),
@@ -132,7 +131,7 @@ def test_a_bad_override_is_refused_with_rule_value_and_fix(extra, words):
 
 
 def test_a_server_without_working_set_refuses_policies_that_swap():
-    resolved = server(policy="streaming", working_set_tokens=0)
+    resolved = server(policy="streaming", working_set_tokens=0, index_codes=True)
     assert RequestOptions.parse({}, resolved).budget_blocks == 0
     with pytest.raises(RequestOptionsError, match="working_set_tokens of at least 32"):
         RequestOptions.parse({"sentencekv_policy": "sentencekv"}, resolved)

@@ -50,7 +50,7 @@ class KVShape:
         self,
         index: IndexKind | None,
         tokens_per_row: float,
-        code_channels: int | None = None,
+        code_share: float = 0.5,
         code_bits: int = 2,
     ) -> float:
         """Per token, of the part of the index that a ranking reads.
@@ -58,13 +58,13 @@ class KVShape:
         Args:
             index: None where nothing is ranked.
             tokens_per_row: mean length of the sentences, which share a row each.
-            code_channels: that have a code; None: half of them.
+            code_share: of the channels, that have a code.
             code_bits: of a channel.
         """
         if index is None or index is IndexKind.RANDOM:
             return 0.0
         if index is IndexKind.TOKEN_CODES:
-            channels = code_channels or self.head_dim // 16 * 8
+            channels = max(8, int(code_share * self.head_dim) // 8 * 8)
             # A code with its scale; mean, scale and flag of the block.
             return code_bits * channels / 8 + 2 + (self.head_dim + 5) / self.block_size
         if not tokens_per_row:

@@ -130,7 +130,7 @@ def _row(
     if kv_shape and records:
         length = prompt_tokens / max(1, sum(r.sentences for r in records))
         index_bytes = kv_shape.index_bytes(
-            variant.index, length, variant.code_channels, variant.code_bits
+            variant.index, length, variant.code_share, variant.code_bits
         )
     return Row(
         cell=cell,

@@ -101,10 +101,9 @@ class Variant:
         return self._server_settings.get("host_kv_dtype", "auto")
 
     @property
-    def code_channels(self) -> int | None:
-        """That have a code on the server; None: half of them."""
-        given = self._server_settings.get("index_channels")
-        return None if given is None else int(given)
+    def code_share(self) -> float:
+        """Of a key's channels, that have a code on the server."""
+        return float(self._server_settings.get("index_share", 0.5))
 
     @property
     def code_bits(self) -> int:

@@ -19,8 +19,10 @@ from ..types import Basis
 from .rotation import rotation
 
 CPU = torch.device("cpu")
-SHRINKAGE = 0.1
-"""Part of a mean spread that each second moment is moved towards: moments are estimates."""
+SHRINKAGE = 1.0
+"""Mean spreads that are added to every channel of a second moment. Moments are estimates, from
+early positions: full trust in them costs lookups where a model's channels are alike (SmolLM2), and
+this much distrust costs none where they are not (Qwen); docs/results.md."""
 
 
 def plain_basis(
@@ -108,7 +110,7 @@ def balanced_basis(residuals: Tensor, queries: Tensor, mean: Tensor, channels: i
 def _shrunk(moment: Tensor) -> Tensor:
     dim = len(moment)
     spread = moment.trace() / dim
-    return (1 - SHRINKAGE) * moment + SHRINKAGE * spread * torch.eye(dim, dtype=moment.dtype)
+    return moment + SHRINKAGE * spread * torch.eye(dim, dtype=moment.dtype)
 
 
 def _balance(residuals: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,6 @@ def rank_blocks(
     Returns:
         Selection; `coverage` is the probability of what is attended to among all indexed blocks.
     """
-    assert pools.page_kept is not None, "the server keeps codes"
     num_requests, heads = len(batch.num_pages), geometry.num_kv_heads
     k_max = max(1, int(batch.budget_blocks.max()))
     blocks = torch.full((num_requests, heads, k_max), -1, dtype=torch.int32)
@@ -69,10 +68,11 @@ def rank_blocks(
         budget, count = int(batch.budget_blocks[s]), int(batch.num_pages[s])
         if int(batch.index_kind[s]) != IndexKind.TOKEN_CODES:
             continue
-        if budget == hi - lo:
+        if batch.takes_everything(s):
             blocks[s, :, :budget] = torch.arange(lo, hi, dtype=torch.int32)
             coverage[s] = 1.0
             continue
+        assert pools.page_kept is not None, "the server keeps codes"
         pages = batch.pages[s, :count].long()
         probability = block_probabilities(masses, s, count)
         history = probability[:, lo:hi]

@@ -88,20 +88,20 @@ def token_units(
 def score_blocks(
     geometry: Geometry, pools: LayerPools, batch: SparseBatch, query: Tensor
 ) -> BlockMasses:
-    """Masses of all indexed blocks of the requests of TOKEN_CODES, resident ones included.
+    """Masses of all indexed blocks, resident ones included, of the requests that rank by codes.
 
     Args:
         query: [S, H * G, D]; query heads of a group are adjacent.
     """
-    assert pools.basis is not None, "the server keeps codes"
     num_requests, width = len(batch.num_pages), batch.pages.shape[1]
     shape = (num_requests, geometry.num_kv_heads, geometry.group_size, width)
     tops = torch.full(shape, NONE, dtype=torch.int32)
     sums = torch.zeros(shape, dtype=torch.int32)
     grouped = query.unflatten(1, shape[1:3])
     for s in range(num_requests):
-        if int(batch.index_kind[s]) != IndexKind.TOKEN_CODES:
+        if int(batch.index_kind[s]) != IndexKind.TOKEN_CODES or batch.takes_everything(s):
             continue
+        assert pools.basis is not None, "the server keeps codes"
         count = int(batch.num_pages[s])
         pages = batch.pages[s, :count].long()
         quantized = quantize_query(grouped[s], pools.basis, geometry.code_width)

@@ -38,7 +38,7 @@ def select_blocks(
         budget = int(batch.budget_blocks[s])
         if int(batch.index_kind[s]) == IndexKind.TOKEN_CODES:
             continue
-        if budget == hi - lo:
+        if batch.takes_everything(s):
             blocks[s, :, :budget] = torch.arange(lo, hi, dtype=torch.int32)
             coverage[s] = 1.0
             continue

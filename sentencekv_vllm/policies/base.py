@@ -51,7 +51,7 @@ class SelectionPolicy:
     @property
     def vectors(self) -> int:
         """Vectors that a group's row must hold."""
-        return 2 if self.estimate else 1 if self.index is None else self.index.vectors
+        return 2 if self.estimate else 0 if self.index is None else self.index.vectors
 
     @property
     def codes_conflict(self) -> str | None:

@@ -41,14 +41,20 @@ def warm_up(runtime: Runtime, attend: Callable[[StepPlan, Tensor], None]) -> Non
     if num_blocks <= working_set:
         return  # no request of this engine will be sparse
     cache[0].normal_()  # any numbers; the null block stands in for all of the history
-    kinds = [  # and whether the query restarts: if not, `previous` ranks ahead of the layer
-        (IndexKind.TOKEN_CODES, QueryKind.PREVIOUS, True),
-        (IndexKind.TOKEN_CODES, QueryKind.PREVIOUS, False),
-        (IndexKind.CENTROID, QueryKind.RUNNING_MEAN, True),  # ranks in float32
-        (IndexKind.CENTROID, QueryKind.CURRENT, True),
+    kinds = [(IndexKind.RANDOM, QueryKind.CURRENT, True)]
+    if geometry.code_width:
+        kinds += [  # and whether the query restarts: if not, `previous` ranks ahead of the layer
+            (IndexKind.TOKEN_CODES, QueryKind.PREVIOUS, True),
+            (IndexKind.TOKEN_CODES, QueryKind.PREVIOUS, False),
+            (IndexKind.TOKEN_CODES, QueryKind.RUNNING_MEAN, True),  # ranks in float32
+        ]
+    if geometry.vectors_per_row:
+        kinds.append((IndexKind.CENTROID, QueryKind.RUNNING_MEAN, True))
+    kinds += [
+        (kind, QueryKind.CURRENT, True)
+        for kind in IndexKind
+        if 0 < kind.vectors <= geometry.vectors_per_row
     ]
-    if geometry.vectors_per_row == 2:
-        kinds += [(kind, QueryKind.CURRENT, True) for kind in IndexKind if kind.vectors == 2]
     pages, zero, step = [*range(history)], np.zeros(1, np.int32), 0
     rows = SparseRows(
         slots=zero,

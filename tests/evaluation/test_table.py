@@ -101,7 +101,7 @@ def test_traffic_is_bytes_of_missed_head_blocks_a_sparse_step(record):
 
 
 def test_pages_of_lower_precision_swap_fewer_bytes(record):
-    coarse = Variant("sentencekv", 256, "index_channels=64, host_kv_dtype=int4")
+    coarse = Variant("sentencekv", 256, "index_share=1.0, host_kv_dtype=int4")
     (row, _) = summarise([record(0, coarse, 1, server=coarse.server)], [CELL], [coarse], SHAPE)
     assert row.swapped_bytes_per_step == SHAPE.head_block_bytes * (4 + 2 * 16 / 64) / 16
 
@@ -118,9 +118,7 @@ def test_bytes_are_unknown_without_the_shape_of_the_kv(record):
         (DENSE, 0.0),
         ("streaming", 0.0),
         ("random", 0.0),
-        ("sentencekv", 64 / 8 + 2),  # a sign a channel, and a scale
-        ("think", 32 / 8 + 2),
-        ("sentencekv+score_channels=0.3", 24 / 8 + 2),
+        ("sentencekv", 2 * 32 / 8 + 2 + 69 / 32),  # a code and its scale; what a block has
         ("sentencekv-paper", 64 * 2 / 10),  # a mean key for ten tokens
         ("mean key, current", 64 * 2 / 10),
     ],
@@ -132,10 +130,11 @@ def test_index_bytes_are_those_that_the_ranking_reads(record, name, expected):
 
 
 def test_index_bytes_follow_the_servers_channels():
-    variant = Variant("think", 256, "layer_share=2, index_channels=16")
-    assert (variant.index_channels, variant.score_channels) == (16, 0.5)
-    assert SHAPE.index_bytes(variant.index, 10, variant.index_channels, 0.5) == 8 / 8 + 2
-    assert Variant("think", 256).index_channels is None
+    variant = Variant("sentencekv", 256, "layer_share=2, index_share=0.25, index_bits=1")
+    assert (variant.code_share, variant.code_bits) == (0.25, 1)
+    found = SHAPE.index_bytes(variant.index, 10, variant.code_share, variant.code_bits)
+    assert found == 16 / 8 + 2 + 69 / 32
+    assert Variant("sentencekv", 256).code_share == 0.5
 
 
 def test_graded_scores_are_averaged(record):

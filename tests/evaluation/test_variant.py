@@ -65,7 +65,7 @@ def test_the_ablation_holds_the_default_and_the_papers_ranking():
 
     paper, *_ = ABLATION
     assert ranking(paper) == published(POLICIES["sentencekv-paper"])
-    default = "1-bit, current, softmax mean, retention 3"
+    default = "codes, current, retention 2"
     assert ranking(default) == published(POLICIES["sentencekv"])
 
 
@@ -74,7 +74,7 @@ def test_the_ablation_holds_the_default_and_the_papers_ranking():
     [
         (DENSE, None),
         ("streaming", None),
-        ("sentencekv", IndexKind.TOKEN_BITS),
+        ("sentencekv", IndexKind.TOKEN_CODES),
         ("mean key, current", IndexKind.CENTROID),
     ],
 )

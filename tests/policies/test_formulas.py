@@ -8,20 +8,23 @@ tokens and channels, and the sentences start inside blocks.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from sentencekv_vllm.ops.basis import balanced_basis
 from sentencekv_vllm.ops.index_pages import index_pages
 from sentencekv_vllm.ops.index_sentences import index_sentences
-from sentencekv_vllm.ops.rotation import rotation
+from sentencekv_vllm.ops.rank_blocks import rank_blocks
+from sentencekv_vllm.ops.score_blocks import score_blocks
 from sentencekv_vllm.ops.score_sentences import score_sentences
 from sentencekv_vllm.policies import POLICIES, SelectionPolicy
 from sentencekv_vllm.types import Geometry, LayerPools, SparseBatch
 
 N, D, HEADS, GROUP, BLOCKS = 16, 64, 2, 3, 8
+CHANNELS = 32  # that have a code
 SINKS, HISTORY_END = 1, 7  # blocks
 SENTENCES = (7, 20, 33, 35, 60, 81, 90, 112, 128)  # ends
 SCALE = D**-0.5
@@ -33,6 +36,9 @@ class Scene:
     query: Tensor  # [HEADS * GROUP, D]
     scores: Tensor  # [HEADS, groups]
     groups: list[tuple[int, int]]  # tokens [start, end)
+    geometry: Geometry
+    pools: LayerPools
+    batch: SparseBatch
 
     def head(self, h: int, g: int) -> Tensor:
         return self.query[h * GROUP + g]
@@ -55,8 +61,16 @@ def ranked(policy: SelectionPolicy, seed: int = 0) -> Scene:
     pools = LayerPools(
         cache=content.transpose(0, 1).contiguous(),
         host=full((BLOCKS, HEADS, N, 2 * D), torch.float32),
-        bits=full((BLOCKS, HEADS, D // 8, N), torch.uint8),
+        codes=full((BLOCKS, HEADS, 2 * CHANNELS // 8, N), torch.uint8),
         scales=full((BLOCKS, HEADS, N), torch.bfloat16),
+        means=full((BLOCKS, HEADS, D), torch.int8),
+        mean_scales=full((BLOCKS, HEADS), torch.float32),
+        page_kept=full((BLOCKS, HEADS), torch.uint8),
+        basis=balanced_basis(
+            *(x.mT @ x for x in torch.randn(2, HEADS, 99, D, generator=generator).double()),
+            torch.zeros(HEADS, D).double(),
+            CHANNELS,
+        ),
         centroids=full((rows, HEADS, D), torch.bfloat16, math.nan),
         kept=full((rows, HEADS), torch.uint8),
         page_slot=full((BLOCKS, HEADS), torch.int32, -1),
@@ -71,7 +85,7 @@ def ranked(policy: SelectionPolicy, seed: int = 0) -> Scene:
     order = torch.arange(BLOCKS, dtype=torch.int32)
     token = torch.arange(N, dtype=torch.int32)[:, None] * 2 * D
     offset = (token + torch.arange(D, dtype=torch.int32)).flatten()
-    index_pages(pools, order, order, offset, rotation(D))
+    index_pages(pools, order, order, offset)
     assert policy.index is not None
     for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
         first = start // N
@@ -94,9 +108,10 @@ def ranked(policy: SelectionPolicy, seed: int = 0) -> Scene:
         seed=column(0),
         step=0,
     )
-    geometry = Geometry(1, HEADS, GROUP, D, N, 2, SCALE, vectors_per_row=2)
-    scores, _ = score_sentences(geometry, pools, batch, query[None], rotation(D))
-    return Scene(keys, query, scores[0], list(zip(starts, ends, strict=True)))
+    geometry = Geometry(1, HEADS, GROUP, D, N, 2, SCALE, vectors_per_row=2, code_width=2 * CHANNELS)
+    scores, _ = score_sentences(geometry, pools, batch, query[None])
+    spans = list(zip(starts, ends, strict=True))
+    return Scene(keys, query, scores[0], spans, geometry, pools, batch)
 
 
 def in_history(span: tuple[int, int]) -> bool:
@@ -112,13 +127,11 @@ def expect(scene: Scene, h: int, expected: list[float], tolerance: float) -> Non
             assert float(scene.scores[h, i]) == -math.inf
 
 
-def log_mean_probability(
-    logits: list[list[float]], resident: list[list[float]] | None = None
-) -> list[float]:
-    """Softmax of each head over the groups and the resident tokens, mean over heads, logarithm."""
+def log_mean_probability(logits: list[list[float]]) -> list[float]:
+    """Softmax of each head over the groups, mean over heads, logarithm."""
     shares = []
-    for g, head in enumerate(logits):
-        total = sum(math.exp(x) for x in (*head, *(resident[g] if resident else ())))
+    for head in logits:
+        total = sum(math.exp(x) for x in head)
         shares.append([math.exp(x) / total for x in head])
     means = [sum(column) / len(shares) for column in zip(*shares, strict=True)]
     return [math.log(mean) if mean else -math.inf for mean in means]
@@ -176,59 +189,61 @@ def test_the_paper_is_the_product_of_mean_keys_and_the_given_query() -> None:
         expect(scene, h, expected, 0.02)  # rows are bfloat16
 
 
-def test_the_default_is_the_best_tokens_one_bit_estimate() -> None:
-    """RaBitQ's estimator |x|^2 / |x|_1 * <y, sign(x)> of <q, k>, y in 31 steps a side."""
-    scene, turn = ranked(POLICIES["sentencekv"]), rotation(D)
-    low, high = SINKS * N, HISTORY_END * N
+def test_the_default_is_the_mass_of_a_block_by_means_and_two_bit_codes() -> None:
+    """docs/method.md: log2 of the sum of 2^estimate over a block, in 1/16 of an octave, from
+    `query . mean + query . code`, one channel and one token at a time."""
+    scene = ranked(POLICIES["sentencekv"])
+    basis, width = scene.pools.basis, 2 * CHANNELS
+    masses = score_blocks(scene.geometry, scene.pools, scene.batch, scene.query[None])
+    unit = SCALE * math.log2(math.e) * 16
     for h in range(HEADS):
-        best: list[list[float]] = []
-        resident: list[list[float]] = []
-        for g in range(GROUP):
-            y = (scene.head(h, g) @ turn).tolist()
-            step = max(abs(value) for value in y) / 31
-            estimates = []
-            for t in range(BLOCKS * N):
-                x = (scene.keys[h, t] @ turn).tolist()
-                scale = sum(a * a for a in x) / sum(abs(a) for a in x)
-                signed = [
-                    round(b / step) * (1 if a >= 0 else -1) for a, b in zip(x, y, strict=True)
-                ]
-                estimates.append(SCALE * scale * step * sum(signed))
-            spans = [(max(a, low), min(b, high)) for a, b in scene.groups]
-            best.append([max(estimates[a:b], default=-math.inf) for a, b in spans])
-            resident.append(estimates[:low] + estimates[high:])
-        expect(scene, h, log_mean_probability(best, resident), 0.02)  # scales are bfloat16
+        z = scene.keys[h] @ basis.key_map[h] - basis.center[h]
+        for j in range(BLOCKS):
+            page = z[j * N : (j + 1) * N]
+            mean = page.mean(0)
+            grid = float(mean.abs().max()) / 127
+            kept = [round(float(m) / grid) for m in mean]
+            for g in range(GROUP):
+                y = (scene.head(h, g) @ basis.query_map[h]).tolist()
+                step, mean_step = max(map(abs, y[:CHANNELS])) / 15, max(map(abs, y)) / 127
+                coarse = sum(round(a / mean_step) * m for a, m in zip(y, kept, strict=True))
+                units = []
+                for t in range(N):
+                    x = [float(page[t, c]) - grid * kept[c] for c in range(CHANNELS)]
+                    edge = math.sqrt(sum(v * v for v in x) / CHANNELS)
+                    code = [math.copysign(3 if abs(v) >= edge else 1, v) for v in x]
+                    scale = sum(v * v for v in x) / sum(c * v for c, v in zip(code, x, strict=True))
+                    fine = sum(round(a / step) * c for a, c in zip(y, code, strict=False))
+                    units.append(
+                        math.floor(unit * mean_step * grid * coarse)
+                        + math.floor(unit * step * scale * fine)
+                    )
+                expected = math.log2(sum(2 ** (u / 16) for u in units))
+                top, total = int(masses.tops[0, h, g, j]), int(masses.sums[0, h, g, j])
+                found = top / 16 + math.log2(total / 2**22)
+                assert found == pytest.approx(expected, abs=0.3)  # scales are bfloat16
+    assert scene.geometry.code_width == width
 
 
-def test_think_sums_over_the_channels_of_the_strongest_queries() -> None:
-    """Groups of eight rotated channels by the sum of squared levels over the group's heads."""
-    scene, turn = ranked(POLICIES["think"]), rotation(D)
-    low, high = SINKS * N, HISTORY_END * N
+def test_the_default_selects_by_the_groups_mean_probability() -> None:
+    scene = ranked(POLICIES["sentencekv"])
+    masses = score_blocks(scene.geometry, scene.pools, scene.batch, scene.query[None])
+    logs = masses.tops.double() / 16 + (masses.sums.double() / 2**22).log2()
+    share = torch.softmax(logs[0] * math.log(2), -1).mean(1)  # [HEADS, BLOCKS]
+    scene.pools.page_kept.zero_()
+    selection = rank_blocks(scene.geometry, scene.pools, scene.batch, masses)
     for h in range(HEADS):
-        levels: list[list[int]] = []
-        steps: list[float] = []
-        for g in range(GROUP):
-            y = (scene.head(h, g) @ turn).tolist()
-            steps.append(max(abs(value) for value in y) / 31)
-            levels.append([round(value / steps[-1]) for value in y])
-        energy = [
-            sum(head[d] ** 2 for head in levels for d in range(r, r + 8)) for r in range(0, D, 8)
-        ]
-        strongest = sorted(range(D // 8), key=lambda r: (-energy[r], r))[: D // 16]
-        channels = [d for d in range(D) if d // 8 in strongest]
-        best: list[list[float]] = []
-        resident: list[list[float]] = []
-        for g in range(GROUP):
-            estimates = []
-            for t in range(BLOCKS * N):
-                x = (scene.keys[h, t] @ turn).tolist()
-                scale = sum(a * a for a in x) / sum(abs(a) for a in x)
-                signed = sum(levels[g][d] * (1 if x[d] >= 0 else -1) for d in channels)
-                estimates.append(SCALE * scale * steps[g] * signed)
-            spans = [(max(a, low), min(b, high)) for a, b in scene.groups]
-            best.append([max(estimates[a:b], default=-math.inf) for a, b in spans])
-            resident.append(estimates[:low] + estimates[high:])
-        expect(scene, h, log_mean_probability(best, resident), 0.02)  # scales are bfloat16
+        history = share[h, SINKS:HISTORY_END]
+        best = (history.topk(2).indices + SINKS).sort().values
+        assert selection.blocks[0, h].tolist() == best.tolist()
+        resident = float(share[h].sum() - history.sum())
+        expected = float(share[h, best].sum()) + resident
+        assert float(selection.coverage[0, h]) == pytest.approx(expected, abs=0.01)
+    before = selection.blocks.clone()
+    batch = replace(scene.batch, retention=torch.tensor([1e6]))
+    other = replace(masses, tops=masses.tops.flip(-1))
+    again = rank_blocks(scene.geometry, scene.pools, batch, other)
+    assert torch.equal(again.blocks, before), "whoever was selected stays under a large bonus"
 
 
 def test_random_has_nothing_to_do_with_keys_and_is_spread_out() -> None:

@@ -16,7 +16,6 @@ MODULES = {
     "sentencekv-paper": "sentence_kv_paper",
     "quest": "quest",
     "mean-std": "mean_std",
-    "think": "think",
     "full": "full",
     "streaming": "streaming",
     "random": "random",
@@ -53,17 +52,23 @@ def test_the_paper_ranks_by_mean_keys_and_the_running_mean_query():
     )
 
 
-def test_the_default_ranks_tokens_by_the_current_query_and_moves_little():
+def test_the_default_ranks_blocks_by_the_current_query_and_moves_little():
     policy = POLICIES["sentencekv"]
     assert (policy.index, policy.query, policy.reduce, policy.retention) == (
-        IndexKind.TOKEN_BITS,
+        IndexKind.TOKEN_CODES,
         QueryKind.CURRENT,
         Reduce.SOFTMAX_MEAN,
-        3.0,
+        2.0,
     )
+    assert [p.name for p in POLICIES.values() if p.index is IndexKind.TOKEN_CODES] == ["sentencekv"]
 
 
-def test_quest_ranks_blocks_by_their_bounds_and_everything_else_ranks_sentences():
+def test_every_policy_is_consistent():
+    for policy in POLICIES.values():
+        assert policy.codes_conflict is None and policy.estimate_conflict is None
+
+
+def test_quest_ranks_blocks_by_their_bounds_and_mean_keys_are_of_sentences():
     policy = POLICIES["quest"]
     assert (policy.index, policy.query, policy.reduce, policy.retention) == (
         IndexKind.BOUNDS,
@@ -71,8 +76,9 @@ def test_quest_ranks_blocks_by_their_bounds_and_everything_else_ranks_sentences(
         Reduce.MEAN,
         0.0,
     )
-    ranks_blocks = {p.name for p in POLICIES.values() if p.index and p.grouping == "blocks"}
-    assert ranks_blocks == {"quest", "clusterkv", "retroinfer"}
+    ranked = [p for p in POLICIES.values() if p.index is not None]
+    of_blocks = {p.name for p in ranked if p.grouping == "blocks"}
+    assert of_blocks == {"sentencekv", "quest", "clusterkv", "retroinfer"}
 
 
 def test_mean_std_ranks_sentences_by_two_vectors():
@@ -90,14 +96,6 @@ def test_retroinfer_is_clusterkv_with_the_rest_estimated():
     assert replace(policy, name="clusterkv", estimate=False) == POLICIES["clusterkv"]
     assert [p.name for p in POLICIES.values() if p.estimate] == ["retroinfer"]
     assert policy.vectors == 2
-
-
-def test_think_is_the_default_with_a_part_of_the_channels():
-    assert POLICIES["think"] == replace(
-        POLICIES["sentencekv"], name="think", score_channels=POLICIES["think"].score_channels
-    )
-    assert [p.name for p in POLICIES.values() if p.score_channels != 1] == ["think"]
-    assert 0 < POLICIES["think"].score_channels < 1
 
 
 def test_pyramidkv_is_snapkv_with_a_budget_that_falls_with_the_layer():

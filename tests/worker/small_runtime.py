@@ -26,6 +26,7 @@ GEOMETRY = Geometry(
     block_size=N,
     rows_per_page=2,
     scale=D**-0.5,
+    code_width=D,  # two bits of half of the channels
 )
 BUDGET, PROMPT_BLOCKS, WINDOW = 3, 14, 6
 
@@ -56,7 +57,7 @@ def make_runtime(
 
 def options(**changes) -> DecodeOptions:
     values = {
-        "index_kind": int(IndexKind.TOKEN_BITS),
+        "index_kind": int(IndexKind.TOKEN_CODES),
         "reduce": int(Reduce.SOFTMAX_MEAN),
         "retention": 5.0,
         "query_kind": int(QueryKind.CURRENT),

@@ -50,7 +50,7 @@ class RecordingOps:
     def begin_step(self, batch):
         pass
 
-    def decode_layer(self, geometry, pools, batch, query, rotation, out):
+    def decode_layer(self, geometry, pools, batch, query, out):
         for s in range(len(batch.num_pages)):
             self.streams.touch("page", batch.pages[s, : batch.num_pages[s]], written=False)
             self.streams.touch("row", batch.row_pages[s, : batch.num_sentences[s]], written=False)

@@ -26,7 +26,9 @@ from .fake_graph import FakeGraph
 N, D, HEADS, GROUP, LAYERS, SLOTS, WORKING_SET = 8, 16, 2, 2, 2, 5, 4
 BLOCKS, PAGES, CONTEXT = 120, 120, 40  # of the cache, of the swap pool, of the longest request
 CPU = torch.device("cpu")
-GEOMETRY = Geometry(LAYERS, HEADS, GROUP, D, N, rows_per_page=2, scale=D**-0.5, vectors_per_row=2)
+GEOMETRY = Geometry(
+    LAYERS, HEADS, GROUP, D, N, rows_per_page=2, scale=D**-0.5, vectors_per_row=2, code_width=D
+)
 
 
 class SteppedReference(ReferenceOps):
@@ -35,8 +37,8 @@ class SteppedReference(ReferenceOps):
     def set_step(self, step):
         self.step = step
 
-    def decode_layer(self, geometry, pools, batch, query, rotation, out):
-        super().decode_layer(geometry, pools, replace(batch, step=self.step), query, rotation, out)
+    def decode_layer(self, geometry, pools, batch, query, out):
+        super().decode_layer(geometry, pools, replace(batch, step=self.step), query, out)
         self.rows = len(batch.num_pages)
 
     def reuse_selection(self, pools, batch, out):
@@ -87,7 +89,7 @@ class Request:
         self.copied, self.sentences, self.length = 0, 0, blocks * N - 3
         kinds = torch.randint(0, 99, (3,), generator=generator).tolist()
         self.options = DecodeOptions(
-            index_kind=[int(IndexKind.TOKEN_BITS), int(IndexKind.CENTROID)][kinds[0] % 2],
+            index_kind=[int(IndexKind.TOKEN_CODES), int(IndexKind.CENTROID)][kinds[0] % 2],
             reduce=[int(Reduce.MEAN), int(Reduce.SOFTMAX_MEAN)][kinds[1] % 2],
             retention=float(kinds[2] % 3),
             query_kind=kinds[0] % 3 if query_kind is None else int(query_kind),
@@ -202,8 +204,8 @@ def life(runtime, steps=14, seed=1, query_kind=None, attended=lambda *_: None):
         runtime.end_step()
     assert estimated or steps < 14, "some rows estimate"
     pools = runtime.pools
-    state = {name: getattr(pools, name).clone() for name in ("kept", "page_slot", "slot_page",
-                                                             "slot_stamp")}  # fmt: skip
+    names = ("kept", "page_kept", "page_slot", "slot_page", "slot_stamp")
+    state = {name: getattr(pools, name).clone() for name in names}
     return outputs, state, stays
 
 
@@ -271,5 +273,5 @@ def test_the_made_up_request_is_no_longer_than_a_request_can_be(max_pages):
         plan.graphs.run("layer", lambda: steps.append(runtime.rank(plan, 0, query)))
 
     warm_up(runtime, attend)
-    assert len(steps) == 18 and not runtime.has_sparse_rows
+    assert len(steps) == 24 and not runtime.has_sparse_rows
     assert runtime._planner._limits.pages == max_pages and len(FakeGraph.made) == 2

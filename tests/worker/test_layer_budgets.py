@@ -31,7 +31,7 @@ from sentencekv_vllm.worker.runtime import Runtime
 N, D, HEADS, GROUP, LAYERS, WINDOW = 8, 16, 2, 2, 4, 6
 BLOCKS, WORKING_SET = 90, 7
 LENGTH, LO, HI = 109, 1, 12  # tokens of every request, 14 blocks; its history in blocks
-GEOMETRY = Geometry(LAYERS, HEADS, GROUP, D, N, rows_per_page=2, scale=D**-0.5)
+GEOMETRY = Geometry(LAYERS, HEADS, GROUP, D, N, rows_per_page=2, scale=D**-0.5, code_width=D)
 TIERS, MEAN = (6, 5, 3, 2), 4
 VOTES = Settlement(Fate.COMPACT, window=WINDOW, kernel=3)
 PLANNERS = [False, True]  # on tensors of its own; on persistent ones
@@ -43,8 +43,8 @@ class SteppedReference(ReferenceOps):
     def set_step(self, step):
         self.step = step
 
-    def decode_layer(self, geometry, pools, batch, query, rotation, out):
-        super().decode_layer(geometry, pools, replace(batch, step=self.step), query, rotation, out)
+    def decode_layer(self, geometry, pools, batch, query, out):
+        super().decode_layer(geometry, pools, replace(batch, step=self.step), query, out)
 
     def reuse_selection(self, pools, batch, out):
         super().reuse_selection(pools, replace(batch, step=self.step), out)
@@ -73,7 +73,7 @@ def make_runtime(persistent, layer_share=1, prefetch=None):
 
 def options(**changes):
     values = {
-        "index_kind": int(IndexKind.TOKEN_BITS),
+        "index_kind": int(IndexKind.TOKEN_CODES),
         "reduce": int(Reduce.SOFTMAX_MEAN),
         "retention": 1.0,
         "query_kind": int(QueryKind.CURRENT),

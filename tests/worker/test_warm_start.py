@@ -51,7 +51,7 @@ def decode(working_set, warm, layer_share=1, last_query=PLACE, drift=0.1, steps=
         for layer in range(LAYERS):
             queries[layer] += drift * torch.randn(queries[layer].shape, generator=generator)
             outputs.append(attend(runtime, plan, layer, queries[layer]))
-        flags.append(runtime.pools.kept.clone())
+        flags.append(runtime.pools.page_kept.clone())
         report = runtime.take_report()
         lookups.append((int(report.hits[0]), int(report.misses[0])))
     return torch.stack(outputs), torch.stack(flags), lookups, runtime.take_counters()
