@@ -97,8 +97,8 @@ class Workspace:
             mass=empty(s, h, max_sentences, dtype=f32),
             keys=empty(s, h, max_pages, dtype=i32),
             shares=empty(s, h, coded_pages, dtype=i32),
-            blocks=empty(s, h, max_selected, dtype=i32),
-            coverage=empty(s, h, dtype=f32),
+            blocks=empty(s, h, max_selected, dtype=i32).zero_(),  # of rows that nobody ranks, too
+            coverage=empty(s, h, dtype=f32).zero_(),
             slots=empty(s, h, max_selected, dtype=i32),
             misses=empty(s * h * max_selected, 3, dtype=i32),
             num_misses=empty(1, dtype=i32),
