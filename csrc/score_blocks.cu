@@ -33,7 +33,7 @@ extern "C" cudaError_t sentencekv_score_blocks(const ScoreBlocksArgs* args, cuda
   a.granules_per_page = a.block_size / sentencekv::kGranule;
   if (a.group > sentencekv::kMaxGroup || a.num_byte_rows < 1 ||
       a.num_byte_rows > sentencekv::kMaxByteRows || a.head_dim % 16 != 0 ||
-      a.head_dim > sentencekv::kMaxDim8 || a.block_size % sentencekv::kGranule != 0 ||
+      a.head_dim > sentencekv::kMaxDim || a.block_size % sentencekv::kGranule != 0 ||
       a.granules_per_page > sentencekv::kChunkGranules) {
     return cudaErrorInvalidValue;
   }

@@ -50,6 +50,8 @@ def assert_same_masses(case, work):
     expected = score_blocks(case.geometry, case.pools, case.batch, case.query)
     codes = (case.batch.index_kind == IndexKind.TOKEN_CODES).tolist()
     for s, count in enumerate(case.batch.num_pages.tolist()):
+        if codes[s] and case.batch.takes_everything(s):
+            continue  # masses that nobody reads
         for name in ("tops", "sums"):
             result = getattr(work, name)[s].cpu()
             written = count if codes[s] else 0

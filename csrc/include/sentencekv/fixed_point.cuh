@@ -8,9 +8,10 @@
 
 namespace sentencekv {
 
-constexpr int kUnits = 16;            // an octave
-constexpr float kUnitLimit = 1 << 20; // of either part of an estimate
-constexpr int kOne = 1 << 22;         // the largest token of a block, in its sum
+constexpr uint32_t kUnits = 16;       // an octave; unsigned, so that it divides by a shift
+constexpr float kUnitLimit = 1 << 20;  // of either part of an estimate
+constexpr int kOne = 1 << 22;          // the largest token of a block, in its sum
+constexpr int kMaxDim = 256;           // channels of a head
 
 /// Floats in [2^23, 2^24) are whole: with this added, an integer is the low bits of its float, and
 /// an addition that rounds down is a floor. Conversions take several times as long.
@@ -29,11 +30,14 @@ __device__ inline int32_t floor_units(float x) {
 }
 
 /// kOne * 2^(-part / kUnits) for part of 0 to 15.
-__device__ inline int32_t exp2_part(int32_t part) { return kOne + part * (2847 * part - 176300); }
+__device__ inline int32_t exp2_part(uint32_t part) {
+  const int32_t x = static_cast<int32_t>(part);
+  return kOne + x * (2847 * x - 176300);
+}
 
-/// kOne * 2^(-below / kUnits) for below of at least 0.
-__device__ inline int32_t exp2_units(int32_t below) {
-  return exp2_part(below % kUnits) >> min(below / kUnits, 31);
+/// kOne * 2^(-below / kUnits).
+__device__ inline int32_t exp2_units(uint32_t below) {
+  return exp2_part(below % kUnits) >> min(below / kUnits, 31u);
 }
 
 }  // namespace sentencekv

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Queries mapped and rounded, once for each KV head of a request: a map is D * D floats, too much to
-// be read again by every block that scores. Defined by sentencekv_vllm/ops/quantize_query.py.
+// Queries mapped and rounded, once for each KV head of a request: a map is D * D floats, too much
+// to be read again by every block that scores. Defined by sentencekv_vllm/ops/quantize_query.py.
 //
 // A block of threads has up to four query heads of a KV head. All of a map of 128 channels is
 // asked for at once, so the time is that of one wait for the L2 cache and of three barriers.
 #pragma once
 
-#include "warp.cuh"
+#include "fixed_point.cuh"
 
 namespace sentencekv {
 
@@ -15,7 +15,6 @@ enum QueryType : int32_t { kBfloat16, kFloat16, kFloat32 };
 constexpr int kQueryThreads = 512;
 constexpr int kQueryHeads = 4;       // of a block of threads
 constexpr int kQueryColumns = 4;     // neighbouring channels that a thread sums
-constexpr int kMaxDim = 256;
 constexpr int kMeanLevels = 127;
 constexpr float kScaleLimit = 1099511627776.0f;  // ops/pack_keys.py: SCALE_LIMIT
 
@@ -98,8 +97,9 @@ __device__ inline float step_of(float top, bool finite, int levels) {
 
 __device__ inline int level_of(float x, float inverse, int levels) {
   const float level = rintf(__fmul_rn(x, inverse));
-  if (!(fabsf(level) < float_of(0x7f800000u))) return 0;  // the inverse of a tiny step is no float
-  return static_cast<int>(fminf(fmaxf(level, static_cast<float>(-levels)), static_cast<float>(levels)));
+  if (!(fabsf(level) < float_of(0x7f800000u))) return 0;  // a tiny step has no inverse
+  const float limit = static_cast<float>(levels);
+  return static_cast<int>(fminf(fmaxf(level, -limit), limit));
 }
 
 /// A warp rounds a mapped query and writes it as row `row`.
@@ -146,7 +146,8 @@ __device__ inline void round_query(const QuantizeQueryArgs& a, const float* mapp
     quantize_query_kernel(const QuantizeQueryArgs a) {
   QueryShared& shared = *reinterpret_cast<QueryShared*>(shared_of_block());
   const int h = blockIdx.y, s = blockIdx.z, warp = threadIdx.x / kWarp;
-  const int done = static_cast<int>(blockIdx.x) * kQueryHeads, heads = min(a.group - done, kQueryHeads);
+  const int done = static_cast<int>(blockIdx.x) * kQueryHeads;
+  const int heads = min(a.group - done, kQueryHeads);
   if (a.index_kind[s] != a.token_codes) return;
   const int64_t first = (static_cast<int64_t>(s) * a.num_heads + h) * a.group + done;
   map_queries(a, shared, h, first, heads);

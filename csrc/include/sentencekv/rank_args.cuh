@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the ranking of blocks and that of sentences share: tensors, and memory of a block of threads.
+// What the rankings of blocks and of sentences share: tensors, and memory of a block of threads.
 #pragma once
 
 #include "cluster.cuh"

@@ -110,8 +110,8 @@ struct HeadSet {
     level_sum = twice / 2;
   }
 
-  /// `start` plus twice the products of the levels and the bits of two tokens: of their signs, which
-  /// are 2 * bit - 1, if it is -level_sum.
+  /// `start` plus twice the products of the levels and the bits of two tokens; plus the products
+  /// with their signs, which are 2 * bit - 1, if -level_sum is added.
   __device__ void products(int start, const uint32_t (&upper)[kSteps],
                            const uint32_t (&lower)[kSteps], int& first, int& second) const {
     first = second = start;
