@@ -11,8 +11,9 @@ import sys
 import pytest
 
 from sentencekv_vllm import cli
-from sentencekv_vllm.evaluation import engine_setup
+from sentencekv_vllm.evaluation import engine_setup, options
 from sentencekv_vllm.evaluation.engine import Completion
+from sentencekv_vllm.evaluation.real import tasks
 
 SUMMARY = {
     "mode": "sparse", "sparse_steps": 3, "sentences": 20, "hits": 5, "misses": 1, "coverage": 0.5,
@@ -137,3 +138,57 @@ def test_help_needs_no_vllm():
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--budgets" in done.stdout
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    """A folder of prose and code; makes another one for another word."""
+    monkeypatch.setattr(tasks, "chat_of", lambda model: PlainChat())
+
+    def write(word: str) -> list[str]:
+        folder = tmp_path / word
+        folder.mkdir()
+        sentences = [f"The {word} of row {i} is told in a sentence of its own." for i in range(90)]
+        (folder / "a.txt").write_text("\n\n".join(f"{s} {s}" for s in sentences))
+        (folder / "a.py").write_text("x = 1\n")
+        return ["--text-folder", str(folder), "--code-folder", str(folder)]
+
+    return write
+
+
+class PlainChat:
+    """A model without a template."""
+
+    def open(self, user):
+        return f"{user}\nAnswer: "
+
+
+def test_real_tasks_are_asked_about_the_users_texts(evaluate, book, tmp_path, capsys):
+    real = ["--tasks", "real/niah_single", "--policies", "dense", "--seed", "40"]
+    texts = book("apple")
+    assert evaluate(*real, *texts) == 0
+    settings, *records = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
+    assert len(json.loads(settings)["real_texts"]) == 12
+    assert [json.loads(r)["seed"] for r in records] == [40, 40, 41, 41]  # two lengths
+    assert evaluate(*real, *texts, "--items", "3") == 0
+    assert evaluate(*real, *book("pear")) == 2
+    assert "made with real_texts" in capsys.readouterr().err
+
+
+def test_the_family_of_real_tasks_is_its_questions():
+    asked = options.parse(["--tasks", "real,real/niah_single,niah_single"], "").tasks
+    assert asked == [*tasks.QUESTIONS, "niah_single"]
+
+
+@pytest.mark.parametrize(
+    "given,message",
+    [
+        (["--tasks", "real/prose"], "real/prose needs an engine in this process"),
+        (["--tasks", "real/multi_turn_session"], "leave out --server, or it"),
+        (["--tasks", "real/niah_single"], "in the chat template of --model: name the folder"),
+    ],
+)
+def test_what_a_server_cannot_be_asked_is_refused(given, message, capsys):
+    with pytest.raises(SystemExit):
+        options.parse(["--server", "http://localhost:1", *given], "")
+    assert message in capsys.readouterr().err
