@@ -31,9 +31,9 @@ from torch import Tensor
 from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+from sentencekv_vllm.ops.basis import plain_basis
 from sentencekv_vllm.ops.layer_ops import DecodeOutputs, LayerOps
 from sentencekv_vllm.ops.load import load_layer_ops
-from sentencekv_vllm.ops.rotation import rotation
 from sentencekv_vllm.types import Geometry, IndexKind, LayerPools, Reduce, SparseBatch
 
 HEADS, GROUP, DIM = 8, 4, 128  # Llama-3.1-8B
@@ -48,8 +48,7 @@ WARM_UP = 4  # steps
 class Reading:
     """How much of the index is read."""
 
-    index_channels: int = DIM  # that it keeps
-    score_channels: float = 1.0  # share of them that a step reads
+    code_width: int = DIM  # bits of a token's code: two of half of the channels
     layer_share: int = 1  # layers for one that ranks
 
 
@@ -157,9 +156,8 @@ def make_layers(
         n,
         rows_per_page,
         DIM**-0.5,
-        index_channels=reading.index_channels,
+        code_width=reading.code_width,
     )
-    turn = rotation(DIM, geometry.index_dim)
     lengths = torch.randint(SENTENCE - 20, SENTENCE + 21, (context,), generator=generator)
     ends = lengths.cumsum(0)
     ends = torch.cat((ends[ends < context], torch.tensor([context]))).int()
@@ -182,7 +180,6 @@ def make_layers(
         reduce=count(0),
         retention=torch.zeros(1),
         seed=count(0),
-        byte_rows=count(math.ceil(reading.score_channels * geometry.index_dim / 8)),
         step=0,
     )
     table = order[None, :blocks].contiguous()
@@ -197,9 +194,9 @@ def make_layers(
     key_offset = torch.arange(n * DIM, dtype=torch.int32)
     pools, index_ms = [], []
     for layer in range(num_layers):
-        pool = empty_pools(content.roll(layer, 0), blocks, rows_per_page, geometry.index_dim)
+        pool = empty_pools(content.roll(layer, 0), blocks, rows_per_page, geometry.code_width)
         start = time.perf_counter()
-        ops.index_pages(pool, table[0], batch.pages[0], key_offset, turn)
+        ops.index_pages(pool, table[0], batch.pages[0], key_offset)
         ops.index_sentences(pool, rows.int(), spans, span_blocks, key_offset)
         index_ms.append(1e3 * (time.perf_counter() - start))
         pools.append(pool)
@@ -208,13 +205,18 @@ def make_layers(
     return Layers(geometry, pools, batch, table, [short.clone() for _ in pools], min(index_ms))
 
 
-def empty_pools(cache: Tensor, pages: int, rows_per_page: int, index_dim: int) -> LayerPools:
+def empty_pools(cache: Tensor, pages: int, rows_per_page: int, code_width: int) -> LayerPools:
     n = cache.shape[2]
     return LayerPools(
         cache=cache,
         host=torch.zeros(pages, *cache.shape[1:], dtype=DTYPE),
-        bits=torch.zeros(pages, HEADS, index_dim // 8, n, dtype=torch.uint8),
+        codes=torch.zeros(pages, HEADS, code_width // 8, n, dtype=torch.uint8),
         scales=torch.zeros(pages, HEADS, n, dtype=torch.bfloat16),
+        means=torch.zeros(pages, HEADS, DIM, dtype=torch.int8),
+        mean_scales=torch.zeros(pages, HEADS),
+        page_kept=torch.zeros(pages, HEADS, dtype=torch.uint8),
+        # Of two bits; which basis it is changes no time.
+        basis=replace(plain_basis(HEADS, DIM, code_width), bits=2),
         centroids=torch.zeros(pages * rows_per_page, HEADS, DIM, dtype=torch.bfloat16),
         kept=torch.zeros(pages * rows_per_page, HEADS, dtype=torch.uint8),
         page_slot=torch.full((pages, HEADS), -1, dtype=torch.int32),
@@ -258,7 +260,7 @@ def time_ours(ops: LayerOps, layers: Layers, setting: Setting, steps: int) -> tu
         )
         for tables in layers.short_tables
     ]
-    turn, width = rotation(DIM, geometry.index_dim), outs[0].head_tables.shape[2]
+    width = outs[0].head_tables.shape[2]
     caches = [pools.cache.view(-1, 1, n, 2 * DIM) for pools in layers.pools]
     tables = [out.head_tables.view(HEADS, width) for out in outs]
     state = torch.randn(len(outs), HEADS * GROUP, DIM, generator=generator)
@@ -282,7 +284,7 @@ def time_ours(ops: LayerOps, layers: Layers, setting: Setting, steps: int) -> tu
             if layer % setting.reading.layer_share:
                 ops.reuse_selection(layers.pools[layer], this_step, out)
             else:
-                ops.decode_layer(geometry, layers.pools[layer], this_step, query, turn, out)
+                ops.decode_layer(geometry, layers.pools[layer], this_step, query, out)
             middle = time.thread_time_ns()
             run(grouped, caches[layer], tables[layer])
             end = time.thread_time_ns()
@@ -293,7 +295,7 @@ def time_ours(ops: LayerOps, layers: Layers, setting: Setting, steps: int) -> tu
 
 
 INDEXES = (
-    (IndexKind.TOKEN_BITS, Reduce.SOFTMAX_MEAN, 5.0),
+    (IndexKind.TOKEN_CODES, Reduce.SOFTMAX_MEAN, math.exp(2)),  # what retention multiplies by
     (IndexKind.CENTROID, Reduce.MEAN, 0.0),
 )
 
@@ -368,13 +370,12 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--drift", type=float, nargs="+", default=[0.0, 0.02, 0.2])
-    parser.add_argument("--index-channels", type=int, default=DIM)
-    parser.add_argument("--score-channels", type=float, default=1.0)
+    parser.add_argument("--code-width", type=int, default=DIM, help="bits of a token's code")
     parser.add_argument("--layer-share", type=int, default=1, help="divides --layers")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--json", metavar="FILE", help="write the results here, too")
     args = parser.parse_args()
-    reading = Reading(args.index_channels, args.score_channels, args.layer_share)
+    reading = Reading(args.code_width, args.layer_share)
     rows: list[Result] = []
     for context in args.context:
         for block_size in args.block_size:

@@ -20,7 +20,6 @@ from torch import Tensor
 from sentencekv_vllm.host_format import HOST_DTYPES, host_format
 from sentencekv_vllm.ops.layer_ops import DecodeOutputs
 from sentencekv_vllm.ops.load import load_layer_ops
-from sentencekv_vllm.ops.rotation import rotation
 from sentencekv_vllm.types import Geometry, LayerPools, SparseBatch
 
 HEADS, GROUP, DIM = 8, 4, 128  # Llama-3.1-8B
@@ -42,10 +41,6 @@ def make_pools(name: str, blocks: int, n: int) -> LayerPools:
     return LayerPools(
         cache=cache,
         host=stored,
-        bits=torch.zeros(blocks, HEADS, DIM // 8, n, dtype=torch.uint8),
-        scales=torch.zeros(blocks, HEADS, n, dtype=torch.bfloat16),
-        centroids=torch.zeros(blocks, HEADS, DIM, dtype=torch.bfloat16),
-        kept=torch.zeros(blocks, HEADS, dtype=torch.uint8),
         page_slot=empty(blocks),
         slot_page=empty(2 * blocks),
         slot_stamp=empty(2 * blocks),
@@ -74,7 +69,6 @@ def make_batch(blocks: int, n: int, step: int) -> SparseBatch:
         reduce=one(0),
         retention=torch.zeros(1),
         seed=one(0),
-        byte_rows=one(DIM // 8),
         step=step,
     )
 
@@ -87,12 +81,12 @@ def main() -> None:
     parser.add_argument("--flush-mib", type=int, default=128, help="walked through")
     options = parser.parse_args()
     n, blocks = options.block_size, options.context // options.block_size
-    ops, turn = load_layer_ops("cpu"), rotation(DIM)
+    ops = load_layer_ops("cpu")
     geometry = Geometry(1, HEADS, GROUP, DIM, n, 1, DIM**-0.5)
     layers = {name: make_pools(name, blocks, n) for name in HOST_DTYPES}
     ids, offsets = torch.arange(blocks).int(), torch.arange(n * DIM).int()
     for pools in layers.values():
-        ops.index_pages(pools, ids, ids, offsets, turn)
+        ops.index_pages(pools, ids, ids, offsets)
     query = torch.randn(1, HEADS * GROUP, DIM).to(DTYPE)
     other = torch.zeros(options.flush_mib << 20, dtype=torch.uint8)
     times: dict[str, list[float]] = {name: [] for name in layers}
@@ -109,7 +103,7 @@ def main() -> None:
                 stage_ns=torch.zeros(4, dtype=torch.int64),
             )
             other += 1
-            ops.decode_layer(geometry, pools, batch, query, turn, out)
+            ops.decode_layer(geometry, pools, batch, query, out)
             assert int(out.misses) == blocks * HEADS
             times[name].append(float(out.stage_ns[3]) / int(out.misses))
     kib = 2 * n * DIM * DTYPE.itemsize / 1024

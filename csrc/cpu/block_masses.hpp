@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "args.hpp"
@@ -24,21 +25,17 @@ inline int32_t mean_product(const int8_t* levels, const int8_t* mean, int64_t di
 // Top and sum of a block: products [N] of its tokens, their factors, and the units of its mean.
 inline void block_mass(const int16_t* dots, const uint16_t* scales, float factor, int64_t n,
                        int32_t mean_units, int32_t* units, int32_t& top, int32_t& sum) {
-  typedef int16_t Shorts __attribute__((vector_size(32), aligned(2)));
-  Ints best = Ints{} + kNone;
-  for (int64_t t = 0; t < n; t += kLanes) {
-    const Ints whole =
-        __builtin_convertvector(*reinterpret_cast<const Shorts*>(dots + t), Ints);
-    const Floats dot = __builtin_convertvector(whole, Floats);
-    const Ints fine = floor_units((factor * load_bfloat16s(scales + t)) * dot);
-    store_ints(units + t, fine);
-    best = fine > best ? fine : best;
+  int32_t largest = kNone, total = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t t = 0; t < n; ++t) {
+    const float scale = std::bit_cast<float>(static_cast<uint32_t>(scales[t]) << 16);
+    units[t] = floor_units((factor * scale) * static_cast<float>(dots[t]));
+    largest = units[t] > largest ? units[t] : largest;
   }
-  const int32_t largest = lane_max(best);
-  Ints total{};
-  for (int64_t t = 0; t < n; t += kLanes) total += exp2_units(largest - load_ints(units + t));
+#pragma omp simd reduction(+ : total)
+  for (int64_t t = 0; t < n; ++t) total += exp2_units(largest - units[t]);
   top = largest + mean_units;
-  sum = lane_total(total);
+  sum = total;
 }
 
 // scratch.tops[g, block] and scratch.sums[g, block] of all indexed blocks.

@@ -58,7 +58,7 @@ class Poison:
 
 
 def decode(poisoned):
-    llm = make_llm({"working_set_tokens": 640}, enable_prefix_caching=False)
+    llm = make_llm({"working_set_tokens": 640, "index_vectors": 1}, enable_prefix_caching=False)
     poison = Poison(llm) if poisoned else None
     prompts = [item.prompt for item in make_items(llm, LENGTHS)]
     outputs = []
@@ -77,7 +77,7 @@ def decode_by_definition(swaps):
     worker_side.make_layer_ops = lambda sizes: layer_ops.ReferenceOps()
     if not swaps:
         layer_ops.swap_in = lambda pools, misses: None
-    llm = make_llm({"working_set_tokens": 640}, enable_prefix_caching=False)
+    llm = make_llm({"working_set_tokens": 640, "index_vectors": 1}, enable_prefix_caching=False)
     Poison(llm, NAN if swaps else 1.0)  # a NaN would not survive ranking
     prompts = [item.prompt for item in make_items(llm, LENGTHS[1:2])]
     return generate(llm, prompts, greedy(6, stop=None, ignore_eos=True))

@@ -13,7 +13,7 @@ from engine import BLOCK, apart, generate, greedy, is_clean, make_items, make_ll
 pytestmark = pytest.mark.vllm
 
 PROMPT = 1500  # tokens
-ROOM = {"index_vectors": 2}
+ROOM = {"index_vectors": 2, "index_codes": True}
 
 
 def worst_choice(policy: str) -> tuple[float, int, list[dict]]:

@@ -25,7 +25,7 @@ def compare(prompt_tokens: int) -> list[dict]:
     Returns:
         For each step, layer and KV head: the history's blocks that both select.
     """
-    llm = make_llm({"observation_window": WINDOW, "recent_window": 32})
+    llm = make_llm({"observation_window": WINDOW, "recent_window": 32, "index_vectors": 1})
     runtime = runtime_of(llm)
     g = runtime.geometry
     from sentencekv_vllm.vllm_glue.impl import SplitImpl

@@ -29,7 +29,7 @@ def counted(llm):
 
 
 def one_of_each():
-    llm = make_llm({}, enable_prompt_embeds=True)
+    llm = make_llm({"index_vectors": 1}, enable_prompt_embeds=True)
     short, middle, long = (i.prompt for i in make_items(llm, (150, 270, 1500)))
     tokens = llm.get_tokenizer()(long).input_ids
 
@@ -52,7 +52,8 @@ def one_of_each():
 
     segmentation = ledger_of(llm).segmentation
     poll, segmentation.poll = segmentation.poll, lambda *args, **kwargs: None
-    modes["segmenting"] = mode({"prompt_token_ids": tokens[::-1]})
+    reversed_tokens = {"prompt_token_ids": tokens[::-1]}
+    modes["segmenting"] = mode(reversed_tokens, _policy="sentencekv-paper")
     segmentation.poll = poll
 
     ledger = ledger_of(llm)

@@ -17,7 +17,7 @@ ALLOWED_MS = 5.0
 
 def worst_step(segmenter):
     """Milliseconds of segmentation in each step since the long prompt's arrival."""
-    llm = make_llm({"segmenter": segmenter})
+    llm = make_llm({"segmenter": segmenter, "policy": "sentencekv-paper"})
     engine, segmentation = llm.llm_engine, ledger_of(llm).segmentation
     spent = [0.0]
 

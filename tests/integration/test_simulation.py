@@ -62,19 +62,22 @@ def served(policy, dtype, length):
     tokens = list(generated.token_ids)
     logprobs = [{t: p.logprob for t, p in step.items()} for step in generated.logprobs]
     prompt = list(output.prompt_token_ids)
+    facts["bases"] = [
+        (layer.basis.key_map, layer.basis.query_map, layer.basis.center, layer.basis.bits)
+        for layer in runtime.pools.layers
+        if layer.basis is not None
+    ]
     facts["boundary"] = [ledger.segmentation.is_boundary(t) for t in tokens]
     facts["right"] = generated.text.startswith(item.target)
     return prompt, tokens, logprobs, chosen, facts
 
 
 class Simulation:
-    """Decode attention over sinks, chosen sentences and recent tokens, by masks."""
+    """Decode attention over sinks, chosen sentences or blocks, and recent tokens, by masks."""
 
-    def __init__(self, policy, prompt_length, ends, boundary, served_blocks):
-        from sentencekv_vllm.ops.rotation import rotation
-
-        self.rotation = rotation(64)  # a constant of the method
-        self.policy, self.ends, self.boundary = policy, ends, boundary
+    def __init__(self, policy, prompt_length, facts, served_blocks):
+        self.policy, self.ends, self.boundary = policy, facts["ends"], facts["boundary"]
+        self.bases = facts["bases"]  # constants of model and method
         self.prompt_length = prompt_length
         self.served_blocks = served_blocks
         self.kept: dict[tuple[int, int], set[int]] = {}
@@ -111,8 +114,13 @@ class Simulation:
         grouped = self.ranking_query(layer, step, query).unflatten(0, (heads, -1))
         allowed = torch.ones(heads, length, dtype=torch.bool)
         for h in range(heads):
-            scores = self.scores(grouped[h], key[h], spans, touching, begin, end, indexed, scaling)
-            bonus = 3.0 if self.policy == "sentencekv" else 0.0
+            if self.policy == "sentencekv":
+                scores = self.masses(layer, h, grouped[h], key[h, :indexed], scaling)
+                scores = scores[[spans[i][0] // BLOCK for i in touching]]
+                bonus = 2.0
+            else:
+                scores = self.scores(grouped[h], key[h], spans, touching, scaling)
+                bonus = 0.0
             for k, i in enumerate(touching):
                 scores[k] += bonus * (i in self.kept.get((layer, h), ()))
             blocks, taken = set(), set()
@@ -141,30 +149,33 @@ class Simulation:
         self.open[layer].append(query)
         return torch.stack(self.open[layer]).mean(0)
 
-    def scores(self, query, key, spans, touching, begin, end, indexed, scaling):
+    def scores(self, query, key, spans, touching, scaling):
         """One score per touching sentence; query [G, D], key [S, D]."""
-        if self.policy == "sentencekv-paper":
-            centroids = [
-                key[a:b].mean(0).bfloat16().float() for a, b in (spans[i] for i in touching)
-            ]
-            return (scaling * query @ torch.stack(centroids).T).mean(0)
-        rotated = key[:indexed] @ self.rotation
-        signs = torch.where(rotated >= 0, 1.0, -1.0)
-        length = (rotated**2).sum(-1) / rotated.abs().sum(-1)
-        turned = query @ self.rotation
-        unit = turned.abs().amax(-1, keepdim=True) / 31
-        estimate = (turned / unit).round() * unit
-        logits = scaling * (estimate @ signs.T) * length.bfloat16().float()  # [G, tokens]
-        best = torch.stack(
-            [
-                logits[:, max(a, begin) : min(b, end)].amax(-1)
-                for a, b in (spans[i] for i in touching)
-            ],
-            -1,
-        )
-        elsewhere = torch.cat((logits[:, :begin], logits[:, end:]), -1)
-        total = torch.cat((best, elsewhere), -1).logsumexp(-1, keepdim=True)
-        return (best - total).logsumexp(0) - math.log(len(query))
+        centroids = [key[a:b].mean(0).bfloat16().float() for a, b in (spans[i] for i in touching)]
+        return (scaling * query @ torch.stack(centroids).T).mean(0)
+
+    def masses(self, layer, head, query, key, scaling):
+        """Log-probability of every block; query [G, D], key [S, D]."""
+        key_map, query_map, center, bits = self.bases[layer]
+        assert bits == 2, "the embedded model has been calibrated"
+        z = (key @ key_map[head] - center[head]).unflatten(0, (-1, BLOCK))
+        mean = z.mean(1, keepdim=True)
+        grid = mean.abs().amax(-1, keepdim=True) / 127
+        mean = (mean / grid).round() * grid
+        channels = z.shape[-1] // 2
+        x = (z - mean)[..., :channels]
+        edge = x.square().mean(-1, keepdim=True).sqrt()
+        code = x.sign() * torch.where(x.abs() >= edge, 3.0, 1.0)
+        length = x.square().sum(-1) / (code * x).sum(-1)
+        y = query @ query_map[head]
+        coarse, fine = y.abs().amax(-1) / 127, y[:, :channels].abs().amax(-1) / 15
+        of_mean = (y / coarse[:, None]).round() * coarse[:, None] @ mean[:, 0].T  # [G, blocks]
+        levels = (y[:, :channels] / fine[:, None]).round() * fine[:, None]
+        of_code = torch.einsum("gc,btc->gbt", levels, code) * length.bfloat16().float()
+        octaves = scaling * 16 * math.log2(math.e)
+        units = (octaves * of_mean).floor()[..., None] + (octaves * of_code).floor()
+        mass = (units * math.log(2) / 16).logsumexp(-1)
+        return (mass - mass.logsumexp(-1, keepdim=True)).exp().mean(0).log()
 
 
 @torch.inference_mode()
@@ -172,7 +183,7 @@ def simulate(policy, dtype, prompt, tokens, chosen, facts):
     """Log-probabilities [steps, vocabulary] along the served tokens, and the choices."""
     from transformers import AttentionInterface, AutoModelForCausalLM
 
-    simulation = Simulation(policy, len(prompt), facts["ends"], facts["boundary"], chosen)
+    simulation = Simulation(policy, len(prompt), facts, chosen)
     AttentionInterface.register("simulation", simulation.attention)
     model = AutoModelForCausalLM.from_pretrained(
         MODEL, dtype=getattr(torch, dtype), attn_implementation="simulation"

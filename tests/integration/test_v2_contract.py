@@ -60,6 +60,7 @@ GEOMETRY = Geometry(
     head_dim=D,
     block_size=N,
     rows_per_page=2,
+    code_width=D,
     scale=D**-0.5,
 )
 NAMES = [f"layers.{i}.attn" for i in range(LAYERS)]
