@@ -13,6 +13,7 @@ from .policies import SelectionPolicy
 from .types import IndexKind
 
 GIB = 2**30
+MAX_BLOCK_SIZE = 256  # tokens; see ops.score_blocks
 
 
 def blocks(tokens: int, block_size: int) -> int:
@@ -111,6 +112,11 @@ def resolve(
     rows_per_page = max(1, block_size // config.sentence_tokens_per_row)
     head_blocks = num_layers * num_kv_heads
     policy = config.selection_policy
+    if block_size > MAX_BLOCK_SIZE:
+        raise ConfigError(
+            f"a block's tokens are summed up in 32 bits, which hold {MAX_BLOCK_SIZE} of them, not "
+            f"{block_size}: set --block-size to at most {MAX_BLOCK_SIZE}"
+        )
     channels = _code_channels(config, policy, head_dim)
     width = channels * config.index_bits
     form = _host_format(config.host_kv_dtype, block_size, head_dim, dtype_size)
