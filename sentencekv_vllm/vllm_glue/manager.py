@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,11 +19,21 @@ def reuse_up_to(kv_cache_manager: Any, limit: Callable[[str, int], int]) -> None
     """Let a request take no more cached tokens than `limit(request_id, found)`.
 
     vLLM has no hook for it: hits are looked up by hash, before any manager sees the request.
+    What stands behind the request (0.33: a limit of vLLM's own) is handed on.
+
+    Raises:
+        ValueError: vLLM's look-up does not take the request first.
     """
     look_up = kv_cache_manager.get_computed_blocks
+    parameters = tuple(inspect.signature(look_up).parameters)
+    if parameters[:1] != ("request",):
+        raise ValueError(
+            "sentencekv expects vLLM's KVCacheManager.get_computed_blocks(request, ...) and found "
+            f"{parameters}: install a vLLM version that sentencekv_vllm is tested with"
+        )
 
-    def limited(request: Request) -> tuple[KVCacheBlocks, int, int]:
-        found, num_tokens, boundary = look_up(request)
+    def limited(request: Request, *limits: Any, **named: Any) -> tuple[KVCacheBlocks, int, int]:
+        found, num_tokens, boundary = look_up(request, *limits, **named)
         allowed = limit(request.request_id, num_tokens)
         if allowed >= num_tokens:
             return found, num_tokens, boundary

@@ -12,10 +12,9 @@ from vllm.platforms import current_platform
 
 from ..request_options import RequestOptions, RequestOptionsError
 from ..resolved import ResolvedConfig, resolve
-from .resolve import user_config
+from .resolve import CPU_BLOCK_SIZE, user_config
 
 TESTED = (0, 32)
-CPU_BLOCK_SIZE = 32  # vLLM's CPU default of 128 makes selection coarse
 
 
 def refuse(vllm_config: Any) -> None:
