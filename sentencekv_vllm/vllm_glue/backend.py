@@ -52,8 +52,8 @@ class SentenceKVBackend(platform.BASE):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """Tokens in a block unless the user says; vLLM 0.33 asks here on every platform, 0.32
-        on CUDA only."""
+        """Tokens in a block unless the user says. The platform's `update_block_size_for_backend`
+        asks, after `setup.settle`: in vLLM 0.33 on the CPU, too."""
         if current_platform.is_cpu():
             return CPU_BLOCK_SIZE
         return int(super().get_preferred_block_size(default_block_size))
