@@ -37,12 +37,27 @@ def reuse_up_to(kv_cache_manager: Any, limit: Callable[[str, int], int]) -> None
         allowed = limit(request.request_id, num_tokens)
         if allowed >= num_tokens:
             return found, num_tokens, boundary
-        block_size = kv_cache_manager.coordinator.single_type_managers[0].block_size
-        blocks = allowed // block_size
-        fewer = kv_cache_manager.create_kv_cache_blocks(tuple(g[:blocks] for g in found.blocks))
-        return fewer, blocks * block_size, boundary
+        # Looked up anew, not cut: what a windowed group keeps for a shorter hit is no part of what
+        # it keeps for a longer one.
+        blocks, num_tokens, uncached = kv_cache_manager.coordinator.find_longest_cache_hit(
+            request.block_hashes, allowed
+        )
+        boundary = num_tokens + uncached if uncached else 0
+        return kv_cache_manager.create_kv_cache_blocks(blocks), num_tokens, boundary
 
     kv_cache_manager.get_computed_blocks = limited
+
+
+def cache_up_to(kv_cache_manager: Any, limit: Callable[[str, int], int]) -> None:
+    """Let no KV cache group, ours or another, cache more than `limit(request_id, computed)`
+    tokens: behind the first sparse token the keys and states of all layers are approximate."""
+    coordinator = kv_cache_manager.coordinator
+    cache = coordinator.cache_blocks
+
+    def limited(request: Request, num_computed_tokens: int) -> None:
+        cache(request, limit(request.request_id, num_computed_tokens))
+
+    coordinator.cache_blocks = limited
 
 
 class SentenceKVManager(FullAttentionManager):
@@ -133,23 +148,6 @@ class SentenceKVManager(FullAttentionManager):
             request_id, num_tokens, num_tokens_main_model
         )
         return new_blocks
-
-    def cache_blocks(
-        self,
-        request: Request,
-        num_tokens: int,
-        retention_interval: int | None = None,
-        *,
-        replay_boundaries: Sequence[int],
-    ) -> None:
-        if self.ledger is not None:
-            num_tokens = self.ledger.exact_tokens(request.request_id, num_tokens)
-        super().cache_blocks(
-            request,
-            num_tokens,
-            retention_interval=retention_interval,
-            replay_boundaries=replay_boundaries,
-        )
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)

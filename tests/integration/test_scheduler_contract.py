@@ -18,7 +18,11 @@ from vllm.utils.hashing import sha256  # noqa: E402
 from vllm.v1.core.kv_cache_manager import KVCacheManager  # noqa: E402
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash  # noqa: E402
 from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec  # noqa: E402
+from vllm.v1.kv_cache_interface import (  # noqa: E402
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
 from sentencekv_vllm.messages import DecodeOptions  # noqa: E402
@@ -62,15 +66,18 @@ class Segmentation:
 class Engine:
     """The scheduler's calls for one request at a time."""
 
-    def __init__(self):
-        spec = SentenceKVSpec(block_size=N, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
-        spec = SentenceKVSpec.merge([spec, spec])
-        group = KVCacheGroupSpec(["layers.0", "layers.1"], spec)
-        config = KVCacheConfig(BLOCKS, kv_cache_tensors=[], kv_cache_groups=[group])
+    def __init__(self, window=None):
+        shape = {"block_size": N, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
+        spec = SentenceKVSpec(**shape)
+        groups = [KVCacheGroupSpec(["layers.0", "layers.1"], SentenceKVSpec.merge([spec, spec]))]
+        if window:
+            windowed = SlidingWindowSpec(**shape, sliding_window=window)
+            groups.append(KVCacheGroupSpec(["layers.2", "layers.3"], windowed))
+        config = KVCacheConfig(BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
         self.kv = KVCacheManager(
             config, max_model_len=4096, scheduler_block_size=N, hash_block_size=N
         )
-        (self.manager,) = self.kv.coordinator.single_type_managers
+        self.manager = self.kv.coordinator.single_type_managers[0]
         limits = Limits(
             block_size=N,
             sink_blocks=SINKS,
@@ -87,6 +94,7 @@ class Engine:
         self.manager.bind(self.ledger)
         self.limit = None
         glue.reuse_up_to(self.kv, self.allowed)
+        glue.cache_up_to(self.kv, self.ledger.exact_tokens)
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(N, sha256)
         connector = SimpleNamespace(supports_divergent_local_hybrid_hits=False)
@@ -218,3 +226,49 @@ def test_a_look_up_of_another_kind_is_refused_at_start_up():
     other = SimpleNamespace(get_computed_blocks=lambda block_hashes, request: None)
     with pytest.raises(ValueError, match="get_computed_blocks.request.*found .*block_hashes"):
         glue.reuse_up_to(other, lambda *_: 0)
+
+
+# Beside a windowed group: models of that kind are refused, their two hazards are mended ---------
+
+WINDOW = 3 * N
+
+
+def cached_blocks(engine, request, group):
+    """Numbers of the request's blocks that a later request would find in a group."""
+    pool = engine.kv.block_pool
+    return [
+        i
+        for i, block_hash in enumerate(request.block_hashes)
+        if pool.get_cached_block(block_hash, [group]) is not None
+    ]
+
+
+def test_no_group_caches_what_was_computed_behind_a_sparse_token():
+    engine = Engine(WINDOW)
+    first = engine.add("a", PROMPT_TOKENS)
+    engine.prefill(first)
+    engine.decode(first, 6 * N)
+    exact = engine.ledger.states["a"].memory.exact_tokens
+    assert exact is not None and exact < first.num_tokens - 4 * N
+    windowed = cached_blocks(engine, first, group=1)
+    assert windowed and max(windowed) < exact // N, "the windowed layers saw approximate states"
+    assert max(cached_blocks(engine, first, group=0)) < exact // N
+
+
+@pytest.mark.parametrize("limit", [15 * N, 15 * N + 3, 19 * N])
+def test_a_shorter_hit_of_a_windowed_group_has_its_window(limit):
+    engine = Engine(WINDOW)
+    for length in (15 * N, PROMPT):  # one that ends where the hit will, and a longer one
+        request = engine.add(f"a{length}", PROMPT_TOKENS[:length])
+        engine.prefill(request)
+        engine.finish(request)
+    second = engine.add("b", PROMPT_TOKENS)
+    engine.limit = limit
+    found, num_tokens, _, _ = engine.look_up(second)
+    assert num_tokens <= limit and num_tokens % N == 0
+    assert num_tokens >= 15 * N, "the end of the shorter prompt can be reached"
+    ours, windowed = found.blocks
+    assert len(ours) == len(windowed) == num_tokens // N
+    needed = -(-(WINDOW - 1) // N)
+    assert not any(block.is_null for block in windowed[-needed:]), "a hole inside the window"
+    assert not any(block.is_null for block in ours)

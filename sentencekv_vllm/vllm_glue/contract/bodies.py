@@ -21,6 +21,13 @@ BODIES: tuple[Body, ...] = (
         {"0.32": "3de3953dac", "0.33": "89c707d947"},
     ),
     Body(
+        "v1/core/kv_cache_coordinator.py",
+        "KVCacheCoordinator.cache_blocks",
+        "vllm_glue/manager.py",
+        "whatever a step adds to the prefix cache, in any group, passes here",
+        {"0.32": "8b63eea0bf", "0.33": "2bb7b1fbf2"},
+    ),
+    Body(
         "v1/core/single_type_kv_cache_manager.py",
         "SingleTypeKVCacheManager.cache_blocks",
         "vllm_glue/manager.py",

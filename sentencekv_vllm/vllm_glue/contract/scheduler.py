@@ -49,6 +49,24 @@ ROWS: tuple[Name, ...] = (
         ("single_type_managers",),
     ),
     *of(
+        "v1/core/kv_cache_coordinator.py",
+        "KVCacheCoordinator",
+        "vllm_glue/manager.py",
+        How.CALLED,
+        {
+            "find_longest_cache_hit": "self, block_hashes, max_cache_hit_length",
+        },
+    ),
+    *of(
+        "v1/core/kv_cache_coordinator.py",
+        "KVCacheCoordinator",
+        "vllm_glue/manager.py",
+        How.WRAPPED,
+        {
+            "cache_blocks": "self, request, num_computed_tokens",
+        },
+    ),
+    *of(
         "v1/core/single_type_kv_cache_manager.py",
         "SingleTypeKVCacheManager",
         "vllm_glue/manager.py",
@@ -64,9 +82,6 @@ ROWS: tuple[Name, ...] = (
                 "num_tokens_main_model, apply_admission_cap=False, prefill_end=0"
             ),
             "allocate_new_blocks": "self, request_id, num_tokens, num_tokens_main_model",
-            "cache_blocks": (
-                "self, request, num_tokens, retention_interval=None, *, replay_boundaries"
-            ),
             "pop_blocks_for_free": "self, request_id",
         },
     ),
@@ -240,6 +255,7 @@ ROWS: tuple[Name, ...] = (
             "sampling_params",
         ),
     ),
+    *of("v1/request.py", "Request", "vllm_glue/manager.py", How.READ, ("block_hashes",)),
     *of(
         "v1/request.py",
         "Request",

@@ -22,8 +22,7 @@ BY_MODEL: dict[str, Entry] = {
     "sliding window": Entry(
         "sliding-window attention",
         Kind.AT_START,
-        "what the prefix cache keeps of windowed layers after sparse decoding would be "
-        "approximate under the hash of exact tokens",
+        "windowed layers are a KV cache group of their own, and the backend tracks one group",
         (f"{START}[sliding window]", f"{REFUSALS}::test_a_sliding_window_model_is_refused"),
         OTHER_BACKEND,
         "Gemma, gpt-oss, Command-A, OLMo 3",
@@ -61,7 +60,7 @@ BY_MODEL: dict[str, Entry] = {
     "several groups": Entry(
         "models whose layers fall into several KV cache groups",
         Kind.BY_CACHE,
-        "one group is tracked",
+        "blocks of one group are tracked, copied out and freed",
         (f"{REFUSALS}::test_two_kinds_of_layers_are_refused_when_the_caches_are_bound",),
         OTHER_BACKEND,
     ),
