@@ -10,7 +10,7 @@ comma := ,
 # Missing, or older than pyproject.toml: install again.
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: install test lint demo bench
+.PHONY: install test lint demo bench guard
 
 install: $(INSTALLED)
 
@@ -41,3 +41,7 @@ demo: install
 # make bench BENCH=kernels, or another file of benchmarks/
 bench: install
 	$(BIN)/python benchmarks/$(BENCH).py $(BENCH_FLAGS)
+
+# make guard VLLM=vllm-0.33.0-...whl, or an unpacked wheel: what of it differs from what we lean on
+guard: install
+	$(BIN)/python -P -m sentencekv_vllm.vllm_glue.contract $(VLLM) $(GUARD_FLAGS)

@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from .resolve import CPU_BLOCK_SIZE
 from .spec import SentenceKVSpec
 
 if current_platform.is_cpu():
@@ -30,6 +31,8 @@ class SentenceKVBackend(platform.BASE):
         if current_platform.is_cpu() or dtype != torch.float32
     ]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    # vLLM 0.33: models may write keys themselves, and call attention without them.
+    supports_kv_cache_update_bypass = False
 
     @staticmethod
     def get_name() -> str:
@@ -46,6 +49,14 @@ class SentenceKVBackend(platform.BASE):
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         return (KVCacheLayout.LBHNC,)  # head-major: a head-block is contiguous
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Tokens in a block unless the user says. The platform's `update_block_size_for_backend`
+        asks, after `setup.settle`: in vLLM 0.33 on the CPU, too."""
+        if current_platform.is_cpu():
+            return CPU_BLOCK_SIZE
+        return int(super().get_preferred_block_size(default_block_size))
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every touch of a vLLM name that is not meant for plugins, for vLLM 0.32.
+"""Every touch of a vLLM name that is not meant for plugins, the same in vLLM 0.32 and 0.33.
 
 Wraps delegate to the original and do nothing unless a configuration has selected our
 backend. Where each name lives: v1/attention/backends/registry.py (AttentionBackendEnum),

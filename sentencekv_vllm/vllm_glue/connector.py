@@ -73,6 +73,10 @@ class SentenceKVConnector(KVConnectorBase_V1, SupportsHMA):
     def requires_kv_delivery(self) -> bool:
         return False  # nothing is handed to another engine
 
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        return False  # sleeping discards the KV cache under the swap pool; vLLM 0.33 asks
+
     # Scheduler side ---------------------------------------------------------------------
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:

@@ -8,7 +8,7 @@ the other graphs only (piecewise ones, or none), unless `step_graphs` has one fo
 have the same message, so all choose alike; data-parallel ranks agree on the answer in the same
 way as on any other batch.
 
-Where vLLM 0.32 keeps them: v1/worker/gpu/model_runner.py (GPUModelRunner.gather_batch_req_state,
+Where vLLM keeps them: v1/worker/gpu/model_runner.py (GPUModelRunner.gather_batch_req_state,
 execute_model), v1/cudagraph_dispatcher.py (CudagraphDispatcher.dispatch).
 """
 

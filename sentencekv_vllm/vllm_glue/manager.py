@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,20 +19,45 @@ def reuse_up_to(kv_cache_manager: Any, limit: Callable[[str, int], int]) -> None
     """Let a request take no more cached tokens than `limit(request_id, found)`.
 
     vLLM has no hook for it: hits are looked up by hash, before any manager sees the request.
+    What stands behind the request (0.33: a limit of vLLM's own) is handed on.
+
+    Raises:
+        ValueError: vLLM's look-up does not take the request first.
     """
     look_up = kv_cache_manager.get_computed_blocks
+    parameters = tuple(inspect.signature(look_up).parameters)
+    if parameters[:1] != ("request",):
+        raise ValueError(
+            "sentencekv expects vLLM's KVCacheManager.get_computed_blocks(request, ...) and found "
+            f"{parameters}: install a vLLM version that sentencekv_vllm is tested with"
+        )
 
-    def limited(request: Request) -> tuple[KVCacheBlocks, int, int]:
-        found, num_tokens, boundary = look_up(request)
+    def limited(request: Request, *limits: Any, **named: Any) -> tuple[KVCacheBlocks, int, int]:
+        found, num_tokens, boundary = look_up(request, *limits, **named)
         allowed = limit(request.request_id, num_tokens)
         if allowed >= num_tokens:
             return found, num_tokens, boundary
-        block_size = kv_cache_manager.coordinator.single_type_managers[0].block_size
-        blocks = allowed // block_size
-        fewer = kv_cache_manager.create_kv_cache_blocks(tuple(g[:blocks] for g in found.blocks))
-        return fewer, blocks * block_size, boundary
+        # Looked up anew, not cut: what a windowed group keeps for a shorter hit is no part of what
+        # it keeps for a longer one.
+        blocks, num_tokens, uncached = kv_cache_manager.coordinator.find_longest_cache_hit(
+            request.block_hashes, allowed
+        )
+        boundary = num_tokens + uncached if uncached else 0
+        return kv_cache_manager.create_kv_cache_blocks(blocks), num_tokens, boundary
 
     kv_cache_manager.get_computed_blocks = limited
+
+
+def cache_up_to(kv_cache_manager: Any, limit: Callable[[str, int], int]) -> None:
+    """Let no KV cache group, ours or another, cache more than `limit(request_id, computed)`
+    tokens: behind the first sparse token the keys and states of all layers are approximate."""
+    coordinator = kv_cache_manager.coordinator
+    cache = coordinator.cache_blocks
+
+    def limited(request: Request, num_computed_tokens: int) -> None:
+        cache(request, limit(request.request_id, num_computed_tokens))
+
+    coordinator.cache_blocks = limited
 
 
 class SentenceKVManager(FullAttentionManager):
@@ -122,23 +148,6 @@ class SentenceKVManager(FullAttentionManager):
             request_id, num_tokens, num_tokens_main_model
         )
         return new_blocks
-
-    def cache_blocks(
-        self,
-        request: Request,
-        num_tokens: int,
-        retention_interval: int | None = None,
-        *,
-        replay_boundaries: Sequence[int],
-    ) -> None:
-        if self.ledger is not None:
-            num_tokens = self.ledger.exact_tokens(request.request_id, num_tokens)
-        super().cache_blocks(
-            request,
-            num_tokens,
-            retention_interval=retention_interval,
-            replay_boundaries=replay_boundaries,
-        )
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)

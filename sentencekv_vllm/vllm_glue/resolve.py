@@ -15,6 +15,7 @@ from ..segmentation.vocabulary import Vocabulary
 logger = logging.getLogger(__name__)
 
 CONFIG_KEY = "sentencekv"
+CPU_BLOCK_SIZE = 32  # vLLM's CPU default of 128 makes selection coarse
 
 
 def user_config(vllm_config: VllmConfig) -> SentenceKVConfig:

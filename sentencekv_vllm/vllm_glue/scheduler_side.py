@@ -22,7 +22,7 @@ from ..scheduler.reasons import Reason
 from ..scheduler.request_state import RequestState
 from ..segmentation.service import SegmentationService
 from ..types import IndexKind
-from .manager import SentenceKVManager, reuse_up_to
+from .manager import SentenceKVManager, cache_up_to, reuse_up_to
 from .resolve import load_vocabulary, resolve_for_engine
 
 logger = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ class SchedulerSide:
         self._manager = managers[0]
         self._manager.bind(self.ledger)
         reuse_up_to(kv_cache_manager, self.ledger.reusable_tokens)
+        cache_up_to(kv_cache_manager, self.ledger.exact_tokens)
 
     def add(self, request: Any) -> None:
         """A request has arrived; a bad option was refused before it got here."""

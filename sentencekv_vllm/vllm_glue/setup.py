@@ -6,16 +6,17 @@ from __future__ import annotations
 from typing import Any
 
 import vllm
+from vllm import envs
 from vllm.config import KVTransferConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 
 from ..request_options import RequestOptions, RequestOptionsError
 from ..resolved import ResolvedConfig, resolve
-from .resolve import user_config
+from .resolve import CPU_BLOCK_SIZE, user_config
+from .support import REFUSED
 
-TESTED = (0, 32)
-CPU_BLOCK_SIZE = 32  # vLLM's CPU default of 128 makes selection coarse
+TESTED = ((0, 32), (0, 33))
 
 
 def refuse(vllm_config: Any) -> None:
@@ -26,112 +27,76 @@ def refuse(vllm_config: Any) -> None:
     """
     config = user_config(vllm_config)
     _refuse_version(config.allow_untested_vllm)
-    for unsupported, what, fix in _conflicts(vllm_config):
+    for key, (unsupported, found) in conflicts(vllm_config).items():
         if unsupported:
-            raise ValueError(f"--attention-backend sentencekv does not support {what}: {fix}.")
+            raise ValueError(REFUSED[key].refusal(found))
 
 
 def _refuse_version(allowed: bool) -> None:
     found = tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:2])
-    if found != TESTED and not allowed:
+    if found not in TESTED and not allowed:
+        tested = [".".join(map(str, version)) for version in TESTED]
         raise ValueError(
-            f"sentencekv_vllm is tested with vLLM {'.'.join(map(str, TESTED))}, this is "
-            f"{vllm.__version__}: install vllm=={'.'.join(map(str, TESTED))}.*, or try it at your "
+            f"sentencekv_vllm is tested with vLLM {' and '.join(tested)}, this is "
+            f"{vllm.__version__}: install vllm=={tested[-1]}.*, or try it at your "
             'own risk with --additional-config \'{"sentencekv": {"allow_untested_vllm": true}}\''
         )
 
 
-def _conflicts(vllm_config: Any) -> list[tuple[bool, str, str]]:
+def conflicts(vllm_config: Any) -> dict[str, tuple[bool, Any]]:
+    """By key in `support.REFUSED`: whether this configuration asks for it, and the value to
+    show, None where the name says it all."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
-    other_backend = "use another attention backend for this model"
     connector = transfer.kv_connector if transfer is not None else None
-    conflicts = [
-        (
-            connector not in (None, "SentenceKVConnector"),
-            f"a KV connector of your own ({connector}): vLLM has one connector and the backend "
-            "moves its blocks through it",
-            "remove --kv-transfer-config",
-        ),
-        (
-            getattr(cache, "kv_offloading_size", None) is not None,
-            "--kv-offloading-size, which claims vLLM's one KV connector",
-            "remove it; the swap pool is sized by host_pool_gib",
-        ),
-        (
-            vllm_config.speculative_config is not None,
-            "speculative decoding: a sparse row decodes one token a step",
-            "remove --speculative-config",
-        ),
-        (
-            parallel.pipeline_parallel_size > 1,
-            f"pipeline parallelism (here {parallel.pipeline_parallel_size})",
-            "set --pipeline-parallel-size 1 and use --tensor-parallel-size",
-        ),
-        (
-            parallel.decode_context_parallel_size > 1,
-            f"decode context parallelism (here {parallel.decode_context_parallel_size})",
-            "set --decode-context-parallel-size 1",
-        ),
-        (
-            parallel.prefill_context_parallel_size > 1,
-            f"prefill context parallelism (here {parallel.prefill_context_parallel_size})",
-            "set --prefill-context-parallel-size 1",
-        ),
-        (
-            cache.cache_dtype not in ("auto", "float16", "bfloat16"),
-            f"a quantised KV cache (here {cache.cache_dtype})",
-            "set --kv-cache-dtype auto",
-        ),
-        (
-            not (current_platform.is_cpu() or current_platform.is_cuda()),
-            f"the platform {current_platform.device_name!r}: its kernels are for CPUs and for CUDA",
-            "use another attention backend",
-        ),
-        (
-            parallel.use_ubatching,
-            "microbatches (--enable-dbo, --ubatch-size): a step has one plan for its sparse rows",
-            "remove them",
-        ),
-        (
+    found: dict[str, tuple[bool, Any]] = {
+        "connector": (connector not in (None, "SentenceKVConnector"), connector),
+        "KV offloading": (getattr(cache, "kv_offloading_size", None) is not None, None),
+        "HiSparse": (vllm_config.attention_config.hisparse_config is not None, None),
+        "speculative": (vllm_config.speculative_config is not None, None),
+        "pipeline": _above_one(parallel.pipeline_parallel_size),
+        "DCP": _above_one(parallel.decode_context_parallel_size),
+        "PCP": _above_one(parallel.prefill_context_parallel_size),
+        "microbatches": (parallel.use_ubatching, None),
+        "fault tolerance": (parallel.enable_fault_tolerance, None),
+        "Rust front end": (envs.VLLM_USE_RUST_FRONTEND, None),
+        "fp8 KV": (cache.cache_dtype not in ("auto", "float16", "bfloat16"), cache.cache_dtype),
+        "partial prefix hits": (
             # A partial hit is copied into a block that was freed in the same step, before the
             # V2 runner tells us what to copy out of it.
             cache.prefix_match_unit not in (None, cache.block_size),
-            f"prefix hits of parts of a block (--prefix-match-unit {cache.prefix_match_unit})",
-            "remove --prefix-match-unit",
+            cache.prefix_match_unit,
         ),
-    ]
-    if model is None:
-        return conflicts
-    return conflicts + [
-        (
+        "platform": (
+            not (current_platform.is_cpu() or current_platform.is_cuda()),
+            current_platform.device_name,
+        ),
+    }
+    return found if model is None else found | _conflicts_of_model(model, cache)
+
+
+def _above_one(size: int) -> tuple[bool, int]:
+    return size > 1, size
+
+
+def _conflicts_of_model(model: Any, cache: Any) -> dict[str, tuple[bool, Any]]:
+    chunk = getattr(model, "attention_chunk_size", None)
+    return {
+        "KV dtype": (
             cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
-            f"a KV cache of {cache.cache_dtype} for a model of {model.dtype}",
-            "set --kv-cache-dtype auto",
+            f"{cache.cache_dtype} for a model of {model.dtype}",
         ),
-        (
-            model.runner_type != "generate",
-            f"runner {model.runner_type!r}: only text generation decodes",
-            other_backend,
-        ),
-        (model.is_encoder_decoder, "encoder-decoder models", other_backend),
-        (model.use_mla, "multi-head latent attention (MLA)", other_backend),
-        (
-            model.is_hybrid or model.is_attention_free,
-            "hybrid, Mamba and attention-free models",
-            other_backend,
-        ),
-        (
+        "runner": (model.runner_type != "generate", repr(model.runner_type)),
+        "encoder-decoder": (model.is_encoder_decoder, None),
+        "MLA": (model.use_mla, None),
+        "hybrid": (model.is_hybrid or model.is_attention_free, None),
+        "sliding window": (
             model.get_sliding_window() is not None,
-            f"sliding-window attention (here {model.get_sliding_window()} tokens)",
-            other_backend,
+            f"{model.get_sliding_window()} tokens",
         ),
-        (
-            bool(getattr(model, "enable_sleep_mode", False)),
-            "sleep mode, which discards the KV cache under the swap pool",
-            "remove --enable-sleep-mode",
-        ),
-    ]
+        "chunked attention": (chunk is not None, f"{chunk} tokens"),
+        "sleep mode": (bool(getattr(model, "enable_sleep_mode", False)), None),
+    }
 
 
 def refuse_partial_selection(vllm_config: Any, name: str) -> None:
@@ -139,10 +104,7 @@ def refuse_partial_selection(vllm_config: Any, name: str) -> None:
     kinds = getattr(vllm_config.attention_config, "backend_per_kind", None) or {}
     ours = [kind for kind, b in kinds.items() if getattr(b, "name", b) == name]
     if ours:
-        raise ValueError(
-            f"sentencekv serves all layers of a model or none, not only {', '.join(ours)}: "
-            "set --attention-backend sentencekv and remove backend_per_kind"
-        )
+        raise ValueError(REFUSED["some layers"].refusal(", ".join(ours)))
 
 
 def inject_connector(vllm_config: Any, name: str) -> None:

@@ -7,7 +7,7 @@ on the same buffers, in which the layers rank and attend sparsely. It is recorde
 its kind comes for the second time, not at start-up: which tables it reads depends on how long the
 contexts have become (`worker/step_buffers.py`).
 
-Where vLLM 0.32 keeps them: v1/worker/gpu/cudagraph_utils.py (ModelCudaGraphManager.capture,
+Where vLLM keeps them: v1/worker/gpu/cudagraph_utils.py (ModelCudaGraphManager.capture,
 run_fullgraph), v1/worker/gpu/model_runner.py (GPUModelRunner.execute_model).
 """
 

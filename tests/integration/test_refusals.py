@@ -20,7 +20,9 @@ from sentencekv_vllm.plugin import register  # noqa: E402
 from sentencekv_vllm.vllm_glue import setup  # noqa: E402
 
 
-def configuration(model=(), parallel=(), cache=(), transfer=None, speculative=None, settings=()):
+def configuration(
+    model=(), parallel=(), cache=(), attention=(), transfer=None, speculative=None, settings=()
+):
     """A vLLM configuration that is supported, but for the changes."""
 
     def namespace(changes, **defaults):
@@ -47,6 +49,7 @@ def configuration(model=(), parallel=(), cache=(), transfer=None, speculative=No
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
             use_ubatching=False,
+            enable_fault_tolerance=False,
         ),
         cache_config=namespace(
             cache,
@@ -55,6 +58,7 @@ def configuration(model=(), parallel=(), cache=(), transfer=None, speculative=No
             block_size=32,
             prefix_match_unit=None,
         ),
+        attention_config=namespace(attention, hisparse_config=None),
         kv_transfer_config=transfer,
         speculative_config=speculative,
     )
@@ -78,9 +82,9 @@ REFUSED = {
         "encoder-decoder",
         "another attention backend",
     ),
-    "embedding model": (
+    "runner": (
         {"model": {"runner_type": "pooling"}},
-        "runner 'pooling'",
+        "runners other than.*here 'pooling'",
         "another attention backend",
     ),
     "sleep mode": (
@@ -105,15 +109,40 @@ REFUSED = {
         "--prefill-context-parallel-size 1",
     ),
     "fp8 KV": ({"cache": {"cache_dtype": "fp8"}}, "quantised KV cache .here fp8", "auto"),
-    "a KV dtype of its own": (
+    "KV dtype": (
         {"cache": {"cache_dtype": "float16"}},
         "float16 for a model of torch.bfloat16",
         "--kv-cache-dtype auto",
     ),
     "microbatches": ({"parallel": {"use_ubatching": True}}, "microbatches", "remove them"),
+    "chunked attention": (
+        {"model": {"attention_chunk_size": 8192}},
+        "chunked local attention.*here 8192 tokens",
+        "another attention backend",
+    ),
+    "HiSparse": (
+        {"attention": {"hisparse_config": object()}},
+        "HiSparse",
+        "remove hisparse_config",
+    ),
+    "fault tolerance": (
+        {"parallel": {"enable_fault_tolerance": True}},
+        "--enable-fault-tolerance",
+        "remove it",
+    ),
+    "Rust front end": (
+        {"environment": {"VLLM_USE_RUST_FRONTEND": "1"}},
+        "Rust front end",
+        "unset VLLM_USE_RUST_FRONTEND",
+    ),
+    "platform": (
+        {"platform": SimpleNamespace(is_cpu=bool, is_cuda=bool, device_name="tpu")},
+        "platforms other than CPU and CUDA .here tpu",
+        "another attention backend",
+    ),
     "partial prefix hits": (
         {"cache": {"prefix_match_unit": 16}},
-        "prefix-match-unit 16",
+        "prefix-match-unit. .here 16",
         "remove --prefix-match-unit",
     ),
     "KV offloading": (
@@ -121,17 +150,21 @@ REFUSED = {
         "kv-offloading-size",
         "host_pool_gib",
     ),
-    "a connector": (
+    "connector": (
         {"transfer": SimpleNamespace(kv_connector="NixlConnector")},
-        "KV connector of your own .NixlConnector",
+        "KV connector of your own .here NixlConnector",
         "remove --kv-transfer-config",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_each_refusal_names_what_and_the_way_out(case):
+def test_each_refusal_names_what_and_the_way_out(case, monkeypatch):
     changes, what, fix = REFUSED[case]
+    changes = dict(changes)
+    for name, value in changes.pop("environment", {}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(setup, "current_platform", changes.pop("platform", setup.current_platform))
     with pytest.raises(ValueError) as refusal:
         setup.refuse(configuration(**changes))
     assert re.search(what, str(refusal.value)), str(refusal.value)
@@ -145,17 +178,17 @@ def test_what_is_supported_is_not_refused():
     setup.refuse(configuration(transfer=SimpleNamespace(kv_connector="SentenceKVConnector")))
 
 
-@pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "1.0.0rc1", "0.33.0.dev5+g1234567"])
+@pytest.mark.parametrize("version", ["0.31.4", "0.34.0", "1.0.0rc1", "0.34.0.dev5+g1234567"])
 def test_other_versions_of_vllm_need_the_users_word(version, monkeypatch):
     monkeypatch.setattr(setup.vllm, "__version__", version)
-    with pytest.raises(ValueError, match="tested with vLLM 0.32") as refusal:
+    with pytest.raises(ValueError, match="tested with vLLM 0.32 and 0.33, this is") as refusal:
         setup.refuse(configuration())
     assert version in str(refusal.value) and "allow_untested_vllm" in str(refusal.value)
     setup.refuse(configuration(settings={"allow_untested_vllm": True}))
 
 
-def test_every_0_32_is_accepted(monkeypatch):
-    for version in ("0.32.0", "0.32.5", "0.32.1+cpu"):
+def test_every_patch_of_a_tested_version_is_accepted(monkeypatch):
+    for version in ("0.32.0", "0.32.5", "0.32.1+cpu", "0.33.0", "0.33.1rc1"):
         monkeypatch.setattr(setup.vllm, "__version__", version)
         setup.refuse(configuration())
 
@@ -266,7 +299,7 @@ REAL = {
             "attention_backend": None,
             "attention_config": {"backend_per_kind": {"full_attention": "sentencekv"}},
         },
-        "all layers of a model or none",
+        "backend_per_kind.*here full_attention",
     ),
 }
 

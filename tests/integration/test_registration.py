@@ -86,7 +86,9 @@ def test_a_block_size_of_the_users_own_stays():
 
 def test_without_the_backend_nothing_changes():
     config = engine_config()
-    assert config.kv_transfer_config is None and config.cache_config.block_size == 128
+    assert config.kv_transfer_config is None
+    # vLLM 0.32 settles its 128 here, 0.33 later; ours would be 32.
+    assert config.cache_config.block_size in (16, 128)
 
 
 def test_the_command_line_reads_a_configuration_file(tmp_path):

@@ -158,7 +158,7 @@ class Worker:
             attn_type="decoder", head_size=D, scale=GEOMETRY.scale, kv_cache_dtype="auto",
             _is_per_token_head_quant=False, _kv_quant_mode=None, alibi_slopes=None,
             use_alibi_sqrt=False, sliding_window=(-1, -1), logits_soft_cap=0, sinks=None,
-            chunk_lookback=-1, use_td=False,
+            chunk_lookback=-1, use_td=False, _set_kv_ptr_range=False,
         )  # fmt: skip
 
     def message(self, sparse):
