@@ -37,9 +37,22 @@ def resolve_for_engine(vllm_config: VllmConfig, kv_cache_config: Any) -> Resolve
 
 
 def load_vocabulary(vllm_config: VllmConfig) -> Vocabulary | None:
-    """Text of every token, for segmentation; None where the engine has no tokenizer."""
+    """Text of every token, for segmentation; None where the engine has no tokenizer, or none
+    whose pieces can be read, which the log says."""
     if vllm_config.model_config.skip_tokenizer_init:
         return None
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    return Vocabulary.from_tokenizer(cached_tokenizer_from_config(vllm_config.model_config))
+    tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+    try:
+        vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    except Exception as error:  # of any kind: code of others, which knows nothing of us
+        logger.warning(
+            "SentenceKV: the pieces of the tokenizer (%s) cannot be read (%s: %s): sentences are "
+            "of fixed length, as without a tokenizer.",
+            type(tokenizer).__name__,
+            type(error).__name__,
+            error,
+        )
+        return None
+    return vocabulary if vocabulary.num_tokens else None
