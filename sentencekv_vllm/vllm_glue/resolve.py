@@ -9,6 +9,7 @@ from typing import Any
 from vllm.config import VllmConfig
 
 from ..config import SentenceKVConfig
+from ..presets import with_preset
 from ..resolved import ResolvedConfig, resolve
 from ..segmentation.vocabulary import Vocabulary
 
@@ -18,8 +19,9 @@ CONFIG_KEY = "sentencekv"
 
 
 def user_config(vllm_config: VllmConfig) -> SentenceKVConfig:
-    """`--additional-config '{"sentencekv": {...}}'`, checked."""
-    return SentenceKVConfig.from_dict((vllm_config.additional_config or {}).get(CONFIG_KEY, {}))
+    """`--additional-config '{"sentencekv": {...}}'`, checked, over the preset that it names."""
+    values = (vllm_config.additional_config or {}).get(CONFIG_KEY, {})
+    return SentenceKVConfig.from_dict(with_preset(values))
 
 
 def resolve_for_engine(vllm_config: VllmConfig, kv_cache_config: Any) -> ResolvedConfig:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from vllm.config import VllmConfig
 
+from ..in_force import in_force
 from ..messages import DecodeOptions, StepMessage
 from ..metrics import REASON_PREFIX, SEGMENTER_PREFIX
 from ..request_options import RequestOptions, RequestOptionsError
@@ -24,6 +25,8 @@ from .manager import SentenceKVManager, reuse_up_to
 from .resolve import load_vocabulary, resolve_for_engine
 
 logger = logging.getLogger(__name__)
+# By a name below vLLM's, whose handlers show what is said at the level of information.
+log = logging.getLogger("vllm.sentencekv")
 
 ROOMY = 0.1  # of all GPU blocks; fewer free ones are no room
 
@@ -61,6 +64,7 @@ class SchedulerSide:
         self.ledger = Ledger(limits, PagePool(resolved.num_pages), self._service)
         self._manager: SentenceKVManager | None = None
         self._reported: dict[str, int] = {}
+        log.info("%s", in_force(resolved))
 
     def bind(self, kv_cache_manager: Any) -> None:
         managers = kv_cache_manager.coordinator.single_type_managers
