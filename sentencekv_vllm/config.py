@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
+from .bounds import MAX_POOL_GIB, MAX_RETENTION, MAX_TOKENS, range_error, shown
 from .host_format import HOST_DTYPES
 from .layer_budgets import weights_error
 from .policies import POLICIES, Grouping, SelectionPolicy
@@ -25,7 +26,8 @@ class ConfigError(ValueError):
 
 def closest(name: object, known: Sequence[str]) -> str:
     """A hint for a misspelt name: the closest known one, or all of them."""
-    near = get_close_matches(str(name), known, n=1)
+    text = name[:64] if isinstance(name, str) else shown(name)  # searching takes its square
+    near = get_close_matches(text, known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"
 
 
@@ -33,11 +35,14 @@ def _option(
     default: Any,
     *,
     low: float = -math.inf,
-    high: float = math.inf,
+    high: float = MAX_TOKENS,
     above: float = -math.inf,
     choices: Sequence[str] = (),
 ) -> Any:
-    """A field with its rule: from `low` to `high`, greater than `above`, one of `choices`."""
+    """A field with its rule: from `low` to `high`, greater than `above`, one of `choices`.
+
+    Every number has a `high`: one of tokens, unless its field says otherwise.
+    """
     rule = {"low": low, "high": high, "above": above, "choices": choices}
     return field(default=default, metadata=rule)
 
@@ -61,7 +66,7 @@ class SentenceKVConfig:
     """GPU room for swapped-in history, per sparse request; None: a quarter more than the
     history part of the largest layer's budget. It changes the speed, never the output, unless
     `layer_weights` ask a layer for more."""
-    host_pool_gib: float = _option(4.0, above=0)
+    host_pool_gib: float = _option(4.0, above=0, high=MAX_POOL_GIB)
     """Swap pool of one worker in host memory; the index on the device grows with it."""
     host_kv_dtype: str = _option("auto", choices=tuple(HOST_DTYPES))
     """Precision of the swap pool; `auto` is that of the KV cache. Others hold more tokens, swap
@@ -117,7 +122,7 @@ class SentenceKVConfig:
     layer_share: int = _option(1, low=1)
     """Consecutive layers that share a selection: the first of them ranks."""
 
-    observation_window: int | None = _option(None, low=0)
+    observation_window: int | None = _option(None, low=0, high=4096)
     """Last prompt tokens whose queries are kept until they have voted; 32 lets requests ask for
     `sentencekv-once`, `sentencekv-pool`, `snapkv`, `pyramidkv`, `chunkkv` and `windowkv`; None:
     what the server's own policy needs."""
@@ -132,7 +137,7 @@ class SentenceKVConfig:
     grouping: str | None = _option(None, choices=get_args(Grouping))
     query: str | None = _option(None, choices=tuple(QUERY_NAMES))
     head_reduce: str | None = _option(None, choices=tuple(REDUCE_NAMES))
-    retention: float | None = _option(None, low=0)
+    retention: float | None = _option(None, low=0, high=MAX_RETENTION)
     estimate: bool | None = _option(None)
     """What is left out of the history contributes through its groups' mean keys and values."""
 
@@ -141,12 +146,12 @@ class SentenceKVConfig:
         """Settings by name, as JSON or YAML gives them; missing ones have their default."""
         if not isinstance(values, Mapping):
             raise ConfigError(
-                f"sentencekv settings must be a mapping of names to values, got {values!r}"
+                f"sentencekv settings must be a mapping of names to values, got {shown(values)}"
             )
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
-                raise ConfigError(f"unknown setting {name!r}: {closest(name, known)}")
+                raise ConfigError(f"unknown setting {shown(name)}: {closest(name, known)}")
         return cls(**values)
 
     def __post_init__(self) -> None:
@@ -220,7 +225,7 @@ class SentenceKVConfig:
     def _checked_weights(self) -> tuple[float, ...]:
         weights: Any = self.layer_weights  # a list, as JSON and YAML have it
         if not isinstance(weights, list | tuple):
-            raise ConfigError(f"layer_weights must be a list of numbers, got {weights!r}")
+            raise ConfigError(f"layer_weights must be a list of numbers, got {shown(weights)}")
         error = weights_error(weights)
         if error is not None:
             raise ConfigError(error)
@@ -255,17 +260,10 @@ def _check(
         kinds.add(int)
     if type(value) not in kinds:  # bool is no number here
         words = " or ".join(sorted("null" if k is type(None) else k.__name__ for k in kinds))
-        raise ConfigError(f"{name} must be {words}, got {value!r} ({type(value).__name__})")
+        raise ConfigError(f"{name} must be {words}, got {shown(value)} ({type(value).__name__})")
     if value is None:
         return
     if choices and value not in choices:
-        raise ConfigError(f"{name} {value!r} is not known: {closest(value, choices)}")
-    if isinstance(value, int | float):
-        if not math.isfinite(value):
-            raise ConfigError(f"{name} must be a finite number, got {value}")
-        if value < low:
-            raise ConfigError(f"{name} must be at least {low:g}, got {value}")
-        if value > high:
-            raise ConfigError(f"{name} must be at most {high:g}, got {value}")
-        if value <= above:
-            raise ConfigError(f"{name} must be greater than {above:g}, got {value}")
+        raise ConfigError(f"{name} {shown(value)} is not known: {closest(value, choices)}")
+    if isinstance(value, int | float) and (error := range_error(name, value, low, high, above)):
+        raise ConfigError(error)

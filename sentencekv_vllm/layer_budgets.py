@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+from .bounds import shown
+
 MAX_TIERS = 4  # a step has a plan for each
+LEAST_WEIGHT, MOST_WEIGHT = 0.001, 10.0  # sums and quotients of them are exact enough
 
 
 def pyramid(beta: float, tiers: int = MAX_TIERS) -> tuple[float, ...]:
@@ -25,8 +27,13 @@ def weights_error(weights: Sequence[Any]) -> str | None:
     """What is wrong with weights that a user has set, and the fix; None: nothing."""
     if not 1 <= len(weights) <= MAX_TIERS:
         return f"layer_weights has 1 to {MAX_TIERS} entries, got {len(weights)}: merge neighbours"
-    if not all(type(w) in (int, float) and 0 < w < math.inf for w in weights):
-        return f"layer_weights are positive numbers, got {list(weights)}: every layer has a block"
+    if not all(type(w) in (int, float) and w > 0 for w in weights):
+        return f"layer_weights are positive numbers, got {shown(weights)}: every layer has a block"
+    if not all(LEAST_WEIGHT <= w <= MOST_WEIGHT for w in weights):
+        return (
+            f"layer_weights are from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, got {shown(weights)}: "
+            "bring them closer together"
+        )
     mean = sum(weights) / len(weights)
     if abs(mean - 1) > 0.01:
         fixed = [round(w / mean, 4) for w in weights]

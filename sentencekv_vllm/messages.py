@@ -144,4 +144,5 @@ class StepReport:
     hits: npt.NDArray[np.int64]  # [S] found resident, over layers and KV heads
     misses: npt.NDArray[np.int64]  # [S] swapped in
     coverage: npt.NDArray[np.float32]  # [S] mean estimated attention mass selected, or NaN
+    step: int  # of the message that it answers; the slots were those of its requests
     ranks: int = 1  # workers that the numbers were added up over; `coverage` is their sum

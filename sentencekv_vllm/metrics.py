@@ -34,5 +34,5 @@ REASON_PREFIX = "requests_"
 """`requests_<reason>`: finished requests by `scheduler.reasons.Reason`."""
 
 SEGMENTER_PREFIX = "segmented_"
-"""`segmented_<name>`: prompts by the segmenter that answered, and `spacy_slow`, `spacy_late`,
-`spacy_failed` where the punctuation table stood in for spaCy."""
+"""`segmented_<name>`: prompts by the segmenter that answered, and `spacy_failed` where the
+punctuation table stood in for spaCy."""

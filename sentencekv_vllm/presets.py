@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from .bounds import shown
 from .config import ConfigError, SentenceKVConfig, closest
 
 PACKAGE = Path(__file__).resolve().parent
@@ -30,15 +32,35 @@ def preset_path(name: str) -> Path:
         ConfigError: there is none of that name.
     """
     paths = preset_paths()
-    if name not in paths:
-        raise ConfigError(f"unknown preset {name!r}: {closest(name, list(paths))}")
+    if not isinstance(name, str) or name not in paths:
+        raise ConfigError(f"unknown preset {shown(name)}: {closest(name, list(paths))}")
     return paths[name]
 
 
 def load_preset(name: str) -> SentenceKVConfig:
     """Our settings of a preset, checked."""
+    return SentenceKVConfig.from_dict(_written(name))
+
+
+def _written(name: str) -> dict[str, Any]:
     arguments = yaml.safe_load(preset_path(name).read_text())
-    return SentenceKVConfig.from_dict(arguments["additional-config"]["sentencekv"])
+    settings: dict[str, Any] = arguments["additional-config"]["sentencekv"]
+    return settings
+
+
+def with_preset(values: Any) -> Any:
+    """Settings over those of the preset that they name: `{"preset": "quality", "retention": 3}`.
+
+    vLLM replaces `additional_config` of a file as a whole where the command line has one, so a
+    setting beside `--config FILE` would be the only one.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    if not isinstance(values, Mapping) or "preset" not in values:
+        return values
+    own = {name: value for name, value in values.items() if name != "preset"}
+    return _written(values["preset"]) | own
 
 
 def main(arguments: Sequence[str]) -> int:

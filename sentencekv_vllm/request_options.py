@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
-from .config import INDEX_NAMES, QUERY_NAMES, REDUCE_NAMES, closest
+from .bounds import MAX_TOKENS, range_error, shown
+from .config import INDEX_NAMES, QUERY_NAMES, REDUCE_NAMES, SentenceKVConfig, closest
 from .policies import POLICIES, Grouping, SelectionPolicy
 from .resolved import ResolvedConfig
 from .types import IndexKind
@@ -23,6 +23,8 @@ RANKING: dict[str, tuple[str, Mapping[str, Any] | None]] = {
     "sentencekv_estimate": ("estimate", {"on": True, "off": False}),
 }
 """Parts of the policy by option; they are there to compare rankings on one server."""
+RULES: dict[str, Mapping[str, Any]] = {f.name: f.metadata for f in fields(SentenceKVConfig)}
+"""Of the server's settings: a request's numbers have the bounds of the setting they stand for."""
 KEYS = (SWITCH, POLICY, BUDGET, *RANKING)
 
 
@@ -49,10 +51,10 @@ class RequestOptions:
             RequestOptionsError: unknown key, value out of range, or more than the working
                 set holds.
         """
-        given = {k: v for k, v in (extra_args or {}).items() if k.startswith(SWITCH)}
+        given = _ours(extra_args)
         for key in given:
             if key not in KEYS:
-                raise RequestOptionsError(f"unknown option {key!r}: {closest(key, KEYS)}")
+                raise RequestOptionsError(f"unknown option {shown(key)}: {closest(key, KEYS)}")
         enabled = _switch(given.get(SWITCH, "on"))
         policy = _policy(given[POLICY], resolved) if POLICY in given else resolved.policy
         policy = _ranking(policy, {k: v for k, v in given.items() if k in RANKING})
@@ -66,18 +68,25 @@ class RequestOptions:
         return cls(enabled, policy, history, by_layer)
 
 
+def _ours(extra_args: Any) -> dict[str, Any]:
+    """The options that are meant for us; what is no mapping of names has none."""
+    if not isinstance(extra_args, Mapping):
+        return {}
+    return {k: v for k, v in extra_args.items() if isinstance(k, str) and k.startswith(SWITCH)}
+
+
 def _switch(value: Any) -> bool:
-    if value in ("on", "off"):
-        return bool(value == "on")
-    raise RequestOptionsError(f'{SWITCH} is "on" or "off", got {value!r}')
+    if isinstance(value, str) and value in ("on", "off"):
+        return value == "on"
+    raise RequestOptionsError(f'{SWITCH} is "on" or "off", got {shown(value)}')
 
 
 def _policy(name: Any, resolved: ResolvedConfig) -> SelectionPolicy:
-    if name == resolved.policy.name:
+    if isinstance(name, str) and name == resolved.policy.name:
         return resolved.policy
     if not isinstance(name, str) or name not in POLICIES:
         raise RequestOptionsError(
-            f"{POLICY} {name!r} is not known: {closest(name, tuple(POLICIES))}"
+            f"{POLICY} {shown(name)} is not known: {closest(name, tuple(POLICIES))}"
         )
     return POLICIES[name]
 
@@ -92,13 +101,12 @@ def _ranking(policy: SelectionPolicy, given: Mapping[str, Any]) -> SelectionPoli
     for key, value in given.items():
         field, names = RANKING[key]
         if names is None:
-            if type(value) not in (int, float) or not 0 <= value < math.inf:
-                raise RequestOptionsError(f"{key} is a number of at least 0, got {value!r}")
-            changes[field] = float(value)
-        elif value in names:
+            changes[field] = _number(key, value, RULES[field])
+        elif isinstance(value, str) and value in names:
             changes[field] = names[value]
         else:
-            raise RequestOptionsError(f"{key} {value!r} is not known: {closest(value, [*names])}")
+            known = closest(value, [*names])
+            raise RequestOptionsError(f"{key} {shown(value)} is not known: {known}")
     return replace(policy, **changes)
 
 
@@ -132,12 +140,26 @@ def _check_window(policy: SelectionPolicy, resolved: ResolvedConfig) -> None:
         )
 
 
+def _number(key: str, value: Any, rule: Mapping[str, Any]) -> float:
+    if type(value) not in (int, float):
+        raise RequestOptionsError(f"{key} is a number, got {shown(value)}")
+    if error := range_error(key, value, rule["low"], rule["high"], rule["above"]):
+        raise RequestOptionsError(error)
+    return float(value)
+
+
 def _budget(value: Any) -> int:
-    if isinstance(value, str) and value.isdecimal():  # some clients send strings only
-        return int(value)
-    if type(value) is int:
-        return value
-    raise RequestOptionsError(f"{BUDGET} is a whole number of tokens, got {value!r}")
+    # Some clients send strings only; ten digits are enough, and Python reads no 4,301 of them.
+    if isinstance(value, str) and value.isdecimal() and len(value) <= 10:
+        value = int(value)
+    if type(value) is not int:
+        raise RequestOptionsError(
+            f"{BUDGET} is a whole number of tokens up to {MAX_TOKENS}, got {shown(value)}"
+        )
+    rule = RULES["token_budget"]
+    if error := range_error(BUDGET, value, rule["low"], rule["high"]):
+        raise RequestOptionsError(error)
+    return value
 
 
 def _check_fit(budget: int, resolved: ResolvedConfig) -> None:

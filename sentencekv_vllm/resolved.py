@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .bounds import INT32_MAX
 from .config import ConfigError, SentenceKVConfig
 from .host_format import HostFormat, host_format
 from .layer_budgets import layer_blocks
@@ -155,6 +156,7 @@ def resolve(
         page_bytes=page_bytes,
         index_page_bytes=head_blocks * head_page_bytes,
     )
+    _check_page_ids(resolved)
     if resolved.policy.selects:
         _check_budget(resolved)
         _check_host_pool(resolved)
@@ -200,6 +202,18 @@ def _check_budget(resolved: ResolvedConfig) -> None:
             f"working_set_tokens {config.working_set_tokens} holds "
             f"{resolved.working_set_blocks} blocks of {resolved.block_size}, one step selects "
             f"{resolved.budget_blocks}: the smallest working set is {smallest} tokens"
+        )
+
+
+def _check_page_ids(resolved: ResolvedConfig) -> None:
+    """Tables on the device name pages and their sentence rows by int32 numbers."""
+    most = INT32_MAX // resolved.rows_per_page
+    if resolved.num_pages > most:
+        largest = math.floor(most * resolved.page_bytes / GIB)
+        raise ConfigError(
+            f"host_pool_gib {resolved.config.host_pool_gib:g} holds {resolved.num_pages} pages of "
+            f"{resolved.page_bytes} bytes, the index counts {most}: the largest pool is "
+            f"{largest} GiB"
         )
 
 

@@ -49,6 +49,11 @@ def test_nothing_typed_means_the_defaults():
         ({"working_set_tokens": "auto"}, ["working_set_tokens", "int or null", "'auto'"]),
         ({"host_pool_gib": 0}, ["host_pool_gib", "greater than 0"]),
         ({"host_pool_gib": float("inf")}, ["host_pool_gib", "finite", "inf"]),
+        ({"host_pool_gib": 1e300}, ["host_pool_gib", "at most 65536", "1e+300"]),
+        ({"host_pool_gib": 10**400}, ["host_pool_gib", "at most 65536", "401 digits"]),
+        ({"token_budget": 2**31}, ["token_budget", "at most 16777216", "2147483648"]),
+        ({"token_budget": "5" * 5000}, ["token_budget must be int"]),
+        ({"retention": 1e39}, ["retention", "at most 10000", "1e+39"]),
         ({"retention": float("nan")}, ["retention", "finite", "nan"]),
         ({"stay_dense_when_covered": 1}, ["stay_dense_when_covered", "bool", "1 (int)"]),
         ({"segmenter": "nltk"}, ["segmenter", "nltk", "auto, spacy, punctuation, fixed"]),
@@ -96,6 +101,28 @@ def test_a_bad_setting_is_refused_with_rule_value_and_fix(settings, words):
 def test_settings_that_are_no_mapping_are_refused(values):
     with pytest.raises(ConfigError, match="must be a mapping"):
         SentenceKVConfig.from_dict(values)
+
+
+def test_every_number_is_bounded_in_the_type_that_it_ends_up_in():
+    for f in fields(SentenceKVConfig):
+        if not f.metadata or f.metadata["choices"] or str(f.type).startswith("bool"):
+            continue
+        bounds = f.metadata["low"], f.metadata["above"]
+        assert f.metadata["high"] <= 2**24, f"{f.name} is exact as float32 and as int32"
+        assert max(bounds) >= 0, f"{f.name} is not negative"
+
+
+def test_pages_are_counted_by_int32():
+    """At one row a page 2^31 pages of 64 bytes would do; a TiB of the smallest model has more."""
+    with pytest.raises(ConfigError, match="65536 holds .* pages .* the largest pool is 2047 GiB"):
+        resolve(
+            SentenceKVConfig(host_pool_gib=65536),
+            block_size=16,
+            num_kv_heads=1,
+            head_dim=16,
+            num_layers=1,
+            dtype_size=2,
+        )
 
 
 def test_direct_construction_is_checked_too():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from sentencekv_vllm.bounds import shown
 from sentencekv_vllm.config import SentenceKVConfig
 from sentencekv_vllm.policies import POLICIES
 from sentencekv_vllm.request_options import RequestOptions, RequestOptionsError
@@ -115,13 +116,21 @@ def test_a_server_of_another_policy_keeps_codes_on_demand():
         ({"sentencekv_index": "centroids"}, ["did you mean 'centroid'?"]),
         ({"sentencekv_retention": "5"}, ["sentencekv_retention", "number", "'5'"]),
         ({"sentencekv_retention": float("inf")}, ["sentencekv_retention", "inf"]),
+        ({"sentencekv_retention": 1e39}, ["sentencekv_retention", "at most 10000", "1e+39"]),
+        ({"sentencekv_retention": 10**400}, ["at most 10000", "a number of 401 digits"]),
+        ({"sentencekv_retention": [5]}, ["sentencekv_retention", "number", "[5]"]),
+        ({"sentencekv_index": ["centroid"]}, ["sentencekv_index", "['centroid'] is not known"]),
+        ({"sentencekv": ["on"]}, ['"on" or "off"', "['on']"]),
+        ({"sentencekv_token_budget": "9" * 5000}, ["whole number of tokens up to 16777216"]),
+        ({"sentencekv_token_budget": 10**5000}, ["at most 16777216", "a number of 5001 digits"]),
+        ({"sentencekv_token_budget": -(10**50)}, ["at least 1", "a number of 51 digits"]),
         (
             {"sentencekv_policy": "streaming", "sentencekv_query": "current"},
             ["'streaming'", "sentencekv_query", "remove it"],
         ),
         ({"sentencekv_token_budget": 1249}, ["1249", "34 blocks", "largest budget is 1248"]),
     ],
-    ids=lambda value: None if isinstance(value, list) else repr(value),
+    ids=lambda value: None if isinstance(value, list) else shown(value),
 )
 def test_a_bad_override_is_refused_with_rule_value_and_fix(extra, words):
     with pytest.raises(RequestOptionsError) as caught:

@@ -37,7 +37,10 @@ def load_library() -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f"cannot load {path}: {error}") from error
+        raise BuildError(
+            f"cannot load {path}: {error}. Set SENTENCEKV_CACHE_DIR to a folder that libraries can "
+            "be loaded from"
+        ) from error
 
 
 def _build(flags: Sequence[str]) -> Path:

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
 import platform
 import subprocess
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from .build_cache import cache_dirs, locked
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +29,6 @@ def csrc_dir() -> Path:
         if (path / "include" / "sentencekv").is_dir():
             return path
     raise BuildError(f"no csrc folder in {PACKAGE} or beside it: reinstall sentencekv_vllm")
-
-
-def cache_dir() -> Path:
-    """`$SENTENCEKV_CACHE_DIR`, by default `~/.cache/sentencekv_vllm`; made if missing."""
-    path = Path(os.environ.get("SENTENCEKV_CACHE_DIR") or "~/.cache/sentencekv_vllm").expanduser()
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise BuildError(
-            f"cannot make the build cache {path} ({error}): set SENTENCEKV_CACHE_DIR"
-        ) from error
-    return path
 
 
 def build(
@@ -72,13 +62,20 @@ def build(
     )
     for path in (*sources, *headers):
         digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
-    library = cache_dir() / f"{name}-{digest.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    with open(library.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    file = f"{name}-{digest.hexdigest()[:16]}.so"
+    try:
+        folders = cache_dirs()
+    except OSError as error:
+        raise BuildError(
+            f"no folder for built kernels can be written ({error}): set SENTENCEKV_CACHE_DIR"
+        ) from error
+    for folder in folders:
+        if (folder / file).exists():
+            return folder / file
+    library = folders[-1] / file
+    with locked(library.with_suffix(".lock")):
         if not library.exists():
-            unfinished = library.with_suffix(f".{os.getpid()}.tmp")
+            unfinished = library.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
             logger.info("building %s", library)
             try:
                 _run(command_builder(sources, unfinished))

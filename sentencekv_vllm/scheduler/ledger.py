@@ -216,7 +216,9 @@ class Ledger:
         columns = (report.slots, report.hits, report.misses, report.coverage)
         for slot, hits, misses, coverage in zip(*(c.tolist() for c in columns), strict=True):
             state = self._slot_owner.get(slot)
-            if state is not None:
+            # A step's report may come when the slot has its next owner: under asynchronous
+            # scheduling that was scheduled before the last owner's end was known.
+            if state is not None and report.step > state.memory.tracked_since:
                 state.hits += hits
                 state.misses += misses
                 if not math.isnan(coverage):
@@ -321,7 +323,7 @@ class Ledger:
         slot = self._slots.take(1)
         if slot is None:
             return False
-        state.memory.slot = slot[0]
+        state.memory.slot, state.memory.tracked_since = slot[0], self._step
         self._slot_owner[slot[0]] = state
         return True
 

@@ -34,6 +34,7 @@ class Memory:
     """What a request holds outside its own blocks; gone at finish and preemption."""
 
     slot: int = -1  # row of the worker's tables, or -1: not tracked
+    tracked_since: int = -1  # the last step before the slot was this request's
     pages: list[int] = field(default_factory=list)  # page of block j
     row_pages: list[int] = field(default_factory=list)  # `pages`, and some for their rows only
     reserved: list[int] = field(default_factory=list)  # taken at admission, not used yet

@@ -9,7 +9,17 @@ from numpy.typing import NDArray
 from .abbreviations import Abbreviations, TextBefore
 from .base import Segmenter, TokenIds
 from .lengths import Ends, SentenceLengths
-from .marks import ANY, CLOSERS, CLOSING, HARD, HARD_END, LINE_END, SOFT, SOFT_END
+from .marks import (
+    ANY,
+    CLOSERS,
+    CLOSING,
+    HARD,
+    HARD_END,
+    LINE_END,
+    NEWLINES,
+    SOFT,
+    SOFT_END,
+)
 from .vocabulary import Vocabulary
 
 # What the table says of a token.
@@ -24,7 +34,7 @@ _BLANK = 128  # white space with a newline
 _FRAGMENT = 256  # may be the last bytes of a mark or closer that is spread over tokens
 _BROKEN = 512  # starts or ends within a character
 
-_SPREAD = sorted(c.encode() for c in SOFT + HARD + CLOSERS if not c.isascii())
+_SPREAD = sorted(c.encode() for c in SOFT + HARD + CLOSERS + NEWLINES if not c.isascii())
 _SPREAD_WIDTHS = {len(character) for character in _SPREAD}
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import math
-import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -29,15 +27,17 @@ SEGMENTERS = ("auto", "spacy", "punctuation", "fixed")
 class _Pending:
     token_ids: TokenIds
     job: SpacyJob
-    deadline: float  # time.monotonic() after which the table answers; inf without one
 
 
 class SegmentationService:
     """Finds the sentences of each request's prompt once, without holding up the caller.
 
+    Who answers a prompt is settled by the setting and by the prompt, never by the load: the same
+    prompt has the same sentences, whatever else is served.
+
     Args:
-        segmenter: "auto" (spaCy as long as it keeps up, the punctuation table from the first
-            prompt on where it does not), "spacy", "punctuation" or "fixed".
+        segmenter: "auto" (the punctuation table; without a tokenizer, fixed lengths), "spacy",
+            "punctuation" or "fixed".
         vocabulary: the pieces of the model's tokenizer; None if it has none.
         min_sentence_tokens: shorter sentences join the following one.
         max_sentence_tokens: longer sentences are cut.
@@ -47,8 +47,8 @@ class SegmentationService:
         boundary_tokens: [V] bool, the token ids after which a sentence may end; None if
             sentences end by length alone.
         stats: prompts by the segmenter that answered ("spacy", "punctuation", "fixed"), and
-            those where the table stood in for spaCy, by reason ("spacy_slow": it would have
-            taken longer than allowed; "spacy_late": it did; "spacy_failed").
+            those where the table stood in for spaCy, by reason ("spacy_failed": it raised, died
+            or took more than its share on that prompt; "spacy_late": `wait` gave up).
 
     Raises:
         ValueError: unknown segmenter, one that needs a tokenizer without one, spaCy missing, or
@@ -69,14 +69,12 @@ class SegmentationService:
         if vocabulary is None and segmenter in ("spacy", "punctuation"):
             raise ValueError(
                 f"segmenter {segmenter!r} reads the text of the prompt and needs a tokenizer, but "
-                "the model has none: set segmenter to 'fixed'"
+                "the model has none that can be read: set segmenter to 'fixed'"
             )
         lengths = SentenceLengths(min_sentence_tokens, max_sentence_tokens)
         self.stats: Counter[str] = Counter()
         self.boundary_tokens: NDArray[np.bool_] | None = None
-        self._strict = segmenter == "spacy"
         self._spacy: SpacyProcess | None = None
-        self._overtaken = False  # "auto" has seen that spaCy does not keep up
         self._pending: dict[str, _Pending] = {}
         self._ends: dict[str, Ends] = {}
         self._said: set[str] = set()
@@ -88,50 +86,40 @@ class SegmentationService:
             return
         self._table = PunctuationSegmenter(lengths, vocabulary)
         self.boundary_tokens = self._table.boundary_tokens
-        if segmenter == "punctuation":
+        if segmenter != "spacy":
             return
-        if importlib.util.find_spec("spacy") is not None:
-            self._spacy = SpacyProcess(lengths, vocabulary)
-        elif self._strict:
+        if importlib.util.find_spec("spacy") is None:
             raise ValueError(
                 "segmenter 'spacy' needs the package spacy, which is not installed: "
-                "pip install spacy, or set segmenter to 'auto'"
+                "pip install spacy, or set segmenter to 'punctuation'"
             )
-        else:
-            self._say("spaCy is not installed: sentences end by the punctuation table")
+        self._spacy = SpacyProcess(lengths, vocabulary)
 
     def warm_up(self) -> None:
         """Start spaCy now, where it is used: its import takes some 2 s."""
         if self._spacy is not None:
             self._spacy.submit(np.empty(0, np.int32))
 
-    def submit(self, request_id: str, token_ids: TokenIds, allowed_delay_s: float = 0.0) -> None:
+    def submit(self, request_id: str, token_ids: TokenIds) -> None:
         """Begin with a prompt. Takes about 10 ns a token if the table answers, else a few us.
 
         Args:
             request_id: not submitted before, or dropped since.
             token_ids: [n] int32, not to be changed until the answer is there.
-            allowed_delay_s: how long "auto" may wait for spaCy; a small share of the prefill
-                that the answer must not delay. The other segmenters ignore it.
         """
         if request_id in self._pending or request_id in self._ends:
             raise ValueError(f"request {request_id!r} was submitted before: drop it first")
-        if self._spacy is None or self._overtaken:
+        if self._spacy is None:
             self._answer(request_id, token_ids)
-            return
-        allowed = math.inf if self._strict else allowed_delay_s
-        if self._spacy.expected_seconds(len(token_ids)) > allowed:
-            self._stand_in(request_id, token_ids, "spacy_slow")
-            return
-        job = self._spacy.submit(token_ids)
-        self._pending[request_id] = _Pending(token_ids, job, time.monotonic() + allowed)
+        else:
+            self._pending[request_id] = _Pending(token_ids, self._spacy.submit(token_ids))
 
     def poll(self, request_id: str, urgent: bool = False) -> Ends | None:
-        """Return the prompt's sentence ends, or None as long as spaCy may take.
+        """Return the prompt's sentence ends, or None as long as spaCy takes.
 
         Args:
-            urgent: the prefill is over, so that waiting costs dense decode steps: "auto" does
-                not wait any longer.
+            urgent: the prefill is over, so that waiting costs dense decode steps: the prompt goes
+                before those that are still being prefilled.
 
         Raises:
             KeyError: the request was not submitted.
@@ -139,25 +127,27 @@ class SegmentationService:
         pending = self._pending.get(request_id)
         if pending is None:
             return self._ends[request_id]
-        if pending.job.done.is_set():
-            del self._pending[request_id]
-            if pending.job.ends is None:
-                return self._stand_in(request_id, pending.token_ids, "spacy_failed")
-            self._ends[request_id] = pending.job.ends
-            self.stats["spacy"] += 1
-            return pending.job.ends
-        if time.monotonic() >= pending.deadline or (urgent and not self._strict):
-            return self._overtake(request_id)
-        return None
+        if not pending.job.done.is_set():
+            pending.job.urgent |= urgent
+            return None
+        del self._pending[request_id]
+        if pending.job.ends is None:
+            return self._stand_in(request_id, pending.token_ids, "spacy_failed")
+        self._ends[request_id] = pending.job.ends
+        self.stats["spacy"] += 1
+        return pending.job.ends
 
     def wait(self, request_id: str, timeout_s: float) -> Ends:
         """Return the prompt's sentence ends; the table's if spaCy is not done in time."""
         pending = self._pending.get(request_id)
         if pending is not None:
-            remaining = pending.deadline - time.monotonic()
-            pending.job.done.wait(max(0.0, min(timeout_s, remaining)))
+            pending.job.done.wait(timeout_s)
         ends = self.poll(request_id)
-        return self._overtake(request_id) if ends is None else ends
+        if ends is None:
+            assert pending is not None
+            self.drop(request_id)
+            ends = self._stand_in(request_id, pending.token_ids, "spacy_late")
+        return ends
 
     def drop(self, request_id: str) -> None:
         """Forget a request, whether it was submitted or not."""
@@ -198,16 +188,10 @@ class SegmentationService:
         self._ends[request_id] = self._table.split(token_ids)
         return self._ends[request_id]
 
-    def _overtake(self, request_id: str) -> Ends:
-        token_ids = self._pending[request_id].token_ids
-        self.drop(request_id)
-        return self._stand_in(request_id, token_ids, "spacy_late")
-
     def _stand_in(self, request_id: str, token_ids: TokenIds, reason: str) -> Ends:
+        """The table answers this prompt; the next one is spaCy's again."""
         self.stats[reason] += 1
-        # For good: the same prompt should not be cut now this way, now that.
-        self._overtaken = not self._strict and reason != "spacy_failed"
-        self._say("%s: sentences end by the punctuation table (said once)", reason)
+        self._say("%s: the punctuation table answered such a prompt (said once)", reason)
         return self._answer(request_id, token_ids)
 
     def _say(self, message: str, *arguments: object) -> None:

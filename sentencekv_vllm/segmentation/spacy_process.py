@@ -17,8 +17,10 @@ from .base import TokenIds
 from .lengths import Ends, SentenceLengths
 from .vocabulary import Vocabulary
 
-MAX_CRASHES = 3  # after which every job fails at once
+MAX_CRASHES = 3  # at its start, without an answer in between: then every job fails at once
 _STOP_TIMEOUT_S = 5.0
+# Wall time after which a process hangs; it runs at low priority beside a busy engine.
+_START_S, _BASE_S, _TOKEN_S = 120.0, 30.0, 500e-6
 
 
 class SpacyJob:
@@ -28,11 +30,15 @@ class SpacyJob:
         self.token_ids = token_ids
         self.ends: Ends | None = None  # None once done: spaCy failed
         self.cancelled = False
+        self.urgent = False  # answered before those that are not
         self.done = threading.Event()
 
 
 class SpacyProcess:
-    """Starts at the first job; answers jobs in order; is started again after a crash, twice.
+    """Starts at the first job; answers jobs in order, urgent ones first.
+
+    The prompt that it crashes or hangs on fails, and it is started again for the next one. It is
+    given up only where it does not come up at all, which is no prompt's doing.
 
     A thread of the parent, asleep but for the copies, carries the prompts and answers: a prompt
     of 128K tokens is more than a pipe holds, and the caller must not wait for it to be read.
@@ -41,27 +47,18 @@ class SpacyProcess:
     def __init__(self, lengths: SentenceLengths, vocabulary: Vocabulary) -> None:
         self._lengths = lengths
         self._vocabulary = vocabulary
-        self._jobs: SimpleQueue[SpacyJob | None] = SimpleQueue()
+        self._arrivals: SimpleQueue[SpacyJob | None] = SimpleQueue()
         self._lock = threading.Lock()  # held to start or stop the process
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._courier: threading.Thread | None = None
         self._closed = False
         self._crashes = 0
-        # Decayed sums behind the running rate; the first guess weighs as much as 20K tokens.
-        self._rate_tokens, self._rate_seconds = 20_000.0, 20_000 * 6e-6
-        self._tokens_in = 0
-        self._tokens_out = 0
 
     @property
     def pid(self) -> int | None:
         process = self._process
         return process.pid if process else None
-
-    def expected_seconds(self, num_tokens: int) -> float:
-        """Return how long a prompt of this many tokens would take behind those waiting."""
-        waiting = self._tokens_in - self._tokens_out
-        return (waiting + num_tokens) * self._rate_seconds / self._rate_tokens
 
     def submit(self, token_ids: TokenIds) -> SpacyJob:
         """Queue a prompt: [n] int32, not to be changed before the job is done."""
@@ -69,8 +66,7 @@ class SpacyProcess:
         if self._closed:
             job.done.set()
             return job
-        self._tokens_in += len(token_ids)
-        self._jobs.put(job)
+        self._arrivals.put(job)
         if self._courier is None:
             self._courier = threading.Thread(target=self._carry, name="spacy", daemon=True)
             self._courier.start()
@@ -82,34 +78,56 @@ class SpacyProcess:
             self._closed = True
             if self._process:
                 self._process.kill()
-        self._jobs.put(None)
+        self._arrivals.put(None)
         if self._courier:
             self._courier.join(_STOP_TIMEOUT_S)
         self._stop()
 
     def _carry(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if not job.cancelled and self._crashes < MAX_CRASHES:
-                try:
-                    self._answer(job)
-                except (OSError, EOFError):
-                    self._crashes += 1
-                    self._stop()
-            self._tokens_out += len(job.token_ids)
+        waiting: list[SpacyJob] = []
+        while True:
+            while not waiting or not self._arrivals.empty():
+                arrived = self._arrivals.get()
+                if arrived is None:
+                    for job in waiting:
+                        job.done.set()
+                    return
+                waiting.append(arrived)
+            job = next((job for job in waiting if job.urgent), waiting[0])
+            waiting.remove(job)
+            if not job.cancelled:
+                job.ends = self._answer(job.token_ids)
             job.done.set()
 
-    def _answer(self, job: SpacyJob) -> None:
-        connection = self._connection or self._start()
-        connection.send_bytes(np.ascontiguousarray(job.token_ids, np.int32).data)
-        answer = connection.recv_bytes()
-        if not answer:  # spaCy raised; the process goes on
-            return
-        seconds = float(np.frombuffer(answer, np.float64, 1)[0])
-        self._rate_tokens = 0.8 * self._rate_tokens + len(job.token_ids)
-        self._rate_seconds = 0.8 * self._rate_seconds + seconds
-        job.ends = np.frombuffer(answer, np.int32, offset=8)
+    def _answer(self, token_ids: TokenIds) -> Ends | None:
+        """A prompt's sentences; None: spaCy raised, died or hung."""
+        if self._crashes >= MAX_CRASHES:
+            return None
+        try:
+            if self._connection is None:
+                self._start()
+                self._ask(np.empty(0, np.int32), _START_S)
+                self._crashes = 0
+        except (OSError, EOFError):
+            self._crashes += 1
+            self._stop()
+            return None
+        try:
+            return self._ask(token_ids, _BASE_S + _TOKEN_S * len(token_ids))
+        except (OSError, EOFError):
+            self._stop()
+            return None
 
-    def _start(self) -> Connection:
+    def _ask(self, token_ids: TokenIds, timeout_s: float) -> Ends | None:
+        assert self._connection is not None
+        self._connection.send_bytes(np.ascontiguousarray(token_ids, np.int32).data)
+        if not self._connection.poll(timeout_s):
+            raise EOFError("it hangs")
+        answer = self._connection.recv_bytes()
+        # No bytes: spaCy raised or gave the prompt up; the process goes on.
+        return np.frombuffer(answer, np.int32, offset=8) if answer else None
+
+    def _start(self) -> None:
         with self._lock:
             if self._closed:
                 raise EOFError
@@ -136,7 +154,6 @@ class SpacyProcess:
         bounds = np.array([self._lengths.min_tokens, self._lengths.max_tokens])
         for array in (bounds, self._vocabulary.offsets, self._vocabulary.blob):
             ours.send_bytes(array.data)
-        return ours
 
     def _stop(self) -> None:
         with self._lock:

@@ -46,11 +46,15 @@ class Vocabulary:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> Vocabulary:
-        """Read the pieces of a Hugging Face tokenizer (`transformers` or `tokenizers`).
+        """Read the pieces of a Hugging Face tokenizer (`transformers` or `tokenizers`), or of
+        Mistral's own (`mistral_common`, which vLLM wraps).
 
         Byte-level and SentencePiece vocabularies are read directly; the pieces of any other
         are what `decode` makes of them behind a first token, some 10 us a token.
         """
+        mistral = getattr(tokenizer, "tokenizer", tokenizer)
+        if hasattr(mistral, "is_special") and hasattr(mistral, "id_to_piece"):
+            return cls.from_pieces(_mistral_pieces(mistral))
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         tokens: dict[str, int] = tokenizer.get_vocab()
         reader = _reader(backend)
@@ -97,6 +101,19 @@ class Vocabulary:
         """Return the place in the text, in bytes, where each token ends: [n], non-decreasing."""
         ends: NDArray[np.int64] = np.cumsum(self.widths(token_ids))
         return ends
+
+
+def _mistral_pieces(tokenizer: Any) -> list[bytes]:
+    """Pieces of a `Tekkenizer`, whose pieces are bytes that may be parts of a character, or of a
+    `SentencePieceTokenizer`. Decoding them one by one loses the parts."""
+    special = {i for i in range(tokenizer.n_words) if tokenizer.is_special(i)} | {tokenizer.unk_id}
+    read = getattr(tokenizer, "id_to_byte_piece", None)
+    if read is None:
+
+        def read(token_id: int) -> bytes:
+            return _metaspace_byte_reader(tokenizer.id_to_piece(token_id))
+
+    return [SPECIAL_PIECE if i in special else read(i) for i in range(tokenizer.n_words)]
 
 
 def _reader(backend: Any) -> Callable[[str], bytes] | None:

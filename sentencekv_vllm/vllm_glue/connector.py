@@ -46,6 +46,7 @@ class SentenceKVWorkerMetadata(KVConnectorWorkerMetadata):
                 hits=mine.hits + theirs.hits,
                 misses=mine.misses + theirs.misses,
                 coverage=mine.coverage + theirs.coverage,
+                step=mine.step,
                 ranks=mine.ranks + theirs.ranks,
             )
         )

@@ -9,6 +9,7 @@ from typing import Any
 from vllm.config import VllmConfig
 
 from ..config import SentenceKVConfig
+from ..presets import with_preset
 from ..resolved import ResolvedConfig, resolve
 from ..segmentation.vocabulary import Vocabulary
 
@@ -19,8 +20,9 @@ CPU_BLOCK_SIZE = 32  # vLLM's CPU default of 128 makes selection coarse
 
 
 def user_config(vllm_config: VllmConfig) -> SentenceKVConfig:
-    """`--additional-config '{"sentencekv": {...}}'`, checked."""
-    return SentenceKVConfig.from_dict((vllm_config.additional_config or {}).get(CONFIG_KEY, {}))
+    """`--additional-config '{"sentencekv": {...}}'`, checked, over the preset that it names."""
+    values = (vllm_config.additional_config or {}).get(CONFIG_KEY, {})
+    return SentenceKVConfig.from_dict(with_preset(values))
 
 
 def resolve_for_engine(vllm_config: VllmConfig, kv_cache_config: Any) -> ResolvedConfig:
@@ -38,9 +40,22 @@ def resolve_for_engine(vllm_config: VllmConfig, kv_cache_config: Any) -> Resolve
 
 
 def load_vocabulary(vllm_config: VllmConfig) -> Vocabulary | None:
-    """Text of every token, for segmentation; None where the engine has no tokenizer."""
+    """Text of every token, for segmentation; None where the engine has no tokenizer, or none
+    whose pieces can be read, which the log says."""
     if vllm_config.model_config.skip_tokenizer_init:
         return None
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    return Vocabulary.from_tokenizer(cached_tokenizer_from_config(vllm_config.model_config))
+    tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+    try:
+        vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    except Exception as error:  # of any kind: code of others, which knows nothing of us
+        logger.warning(
+            "SentenceKV: the pieces of the tokenizer (%s) cannot be read (%s: %s): sentences are "
+            "of fixed length, as without a tokenizer.",
+            type(tokenizer).__name__,
+            type(error).__name__,
+            error,
+        )
+        return None
+    return vocabulary if vocabulary.num_tokens else None

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from typing import Any
 
 import numpy as np
 from vllm.config import VllmConfig
 
-from ..messages import DecodeOptions, Int32s, StepMessage
+from ..in_force import in_force
+from ..messages import DecodeOptions, StepMessage
 from ..metrics import REASON_PREFIX, SEGMENTER_PREFIX
 from ..request_options import RequestOptions, RequestOptionsError
 from ..resolved import ResolvedConfig
@@ -26,32 +26,10 @@ from .manager import SentenceKVManager, cache_up_to, reuse_up_to
 from .resolve import load_vocabulary, resolve_for_engine
 
 logger = logging.getLogger(__name__)
+# By a name below vLLM's, whose handlers show what is said at the level of information.
+log = logging.getLogger("vllm.sentencekv")
 
-FIRST_GUESS_PREFILL_RATE = 10_000.0  # tokens a second, until one was seen
 ROOMY = 0.1  # of all GPU blocks; fewer free ones are no room
-
-
-class PacedSegmentation:
-    """Tells the segmentation service how long each prompt's prefill will take."""
-
-    def __init__(self, service: SegmentationService) -> None:
-        self.service = service
-        self._rate = FIRST_GUESS_PREFILL_RATE
-        self._last = (time.monotonic(), 0)
-        self.drop = service.drop
-        self.is_boundary = service.is_boundary
-        self.poll = service.poll
-        self.split_tail = service.split_tail
-
-    def submit(self, request_id: str, token_ids: Int32s) -> None:
-        self.service.submit(request_id, token_ids, allowed_delay_s=len(token_ids) / self._rate)
-
-    def step_scheduled(self, num_tokens: int) -> None:
-        """Learn the prefill rate from large steps."""
-        now = time.monotonic()
-        (before, tokens), self._last = self._last, (now, num_tokens)
-        if tokens >= 256:
-            self._rate += 0.2 * (tokens / max(now - before, 1e-6) - self._rate)
 
 
 class SchedulerSide:
@@ -84,10 +62,10 @@ class SchedulerSide:
             fixed_length=config.fixed_sentence_tokens,
         )
         self._service.warm_up()
-        self._segmentation = PacedSegmentation(self._service)
-        self.ledger = Ledger(limits, PagePool(resolved.num_pages), self._segmentation)
+        self.ledger = Ledger(limits, PagePool(resolved.num_pages), self._service)
         self._manager: SentenceKVManager | None = None
         self._reported: dict[str, int] = {}
+        log.info("%s", in_force(resolved))
 
     def bind(self, kv_cache_manager: Any) -> None:
         managers = kv_cache_manager.coordinator.single_type_managers
@@ -109,19 +87,29 @@ class SchedulerSide:
             reason = Reason.UNSUPPORTED_INPUT
         else:
             reason, options, keeps_all = self._options(request)
-        self.ledger.add(
-            RequestState(
-                request_id=request.request_id,
-                request=request,
-                tokens=lambda a, b: np.asarray(request.all_token_ids[a:b], np.int32),
-                options=options,
-                keeps_all=keeps_all,
-                reason=reason,
-                warm_start=self.resolved.config.warm_start
-                and options is not None
-                and not options.compacts,
-            )
+        state = RequestState(
+            request_id=request.request_id,
+            request=request,
+            tokens=lambda a, b: np.asarray(request.all_token_ids[a:b], np.int32),
+            options=options,
+            keeps_all=keeps_all,
+            reason=reason,
+            warm_start=self.resolved.config.warm_start
+            and options is not None
+            and not options.compacts,
         )
+        self.ledger.add(state)
+        self._segment(state)
+
+    def _segment(self, state: RequestState) -> None:
+        """Begin at arrival: spaCy is then at work while the request waits and is prefilled, and
+        has begun before a prefix hit leaves no prefill to work beside."""
+        prompt = state.request.num_prompt_tokens
+        if state.options is None or state.block_groups:
+            return
+        if prompt >= self.resolved.config.min_context_tokens:
+            self._service.submit(state.request_id, state.tokens(0, prompt))
+            state.segmentation = "submitted"
 
     def _options(self, request: Any) -> tuple[Reason, DecodeOptions | None, bool]:
         params = request.sampling_params
@@ -158,7 +146,6 @@ class SchedulerSide:
         scheduled = {r.req_id: r.num_computed_tokens for r in scheduler_output.scheduled_new_reqs}
         cached = scheduler_output.scheduled_cached_reqs
         scheduled.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        self._segmentation.step_scheduled(scheduler_output.total_num_scheduled_tokens)
         return self.ledger.take_message(
             scheduled, self._manager.block_id, scheduler_output.num_scheduled_tokens
         )

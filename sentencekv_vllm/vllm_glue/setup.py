@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from typing import Any
 
 import vllm
@@ -13,6 +14,7 @@ from vllm.platforms import current_platform
 
 from ..request_options import RequestOptions, RequestOptionsError
 from ..resolved import ResolvedConfig, resolve
+from ..worker.host_check import check_pools_fit
 from .resolve import CPU_BLOCK_SIZE, user_config
 from .support import REFUSED
 
@@ -119,7 +121,14 @@ def settle(vllm_config: Any) -> None:
     if current_platform.is_cpu() and not cache.user_specified_block_size:
         cache.block_size = CPU_BLOCK_SIZE
     if vllm_config.model_config is not None:
-        resolved_config(vllm_config)
+        resolved = resolved_config(vllm_config)
+        if multiprocessing.parent_process() is None:  # before there are workers that hold memory
+            check_pools_fit(resolved, local_workers(vllm_config.parallel_config))
+
+
+def local_workers(parallel: Any) -> int:
+    """Workers of this machine, each with a swap pool."""
+    return int(parallel.local_world_size * max(1, parallel.data_parallel_size_local))
 
 
 def resolved_config(vllm_config: Any) -> ResolvedConfig:

@@ -18,11 +18,12 @@ from ..ops.load import Sizes, make_layer_ops
 from ..resolved import ResolvedConfig, blocks
 from ..types import Geometry
 from ..worker.graphs import CudaGraphs, Graph
+from ..worker.host_check import check_pools_fit
 from ..worker.prefetch import Prefetch
 from ..worker.runtime import Runtime
 from ..worker.tables import rounded_up
 from ..worker.warm_start import MAX_ROWS
-from . import full_graphs
+from . import full_graphs, setup
 from .backend import platform
 from .calibration import find_bases
 from .resolve import resolve_for_engine
@@ -63,6 +64,9 @@ def build_runtime(
     sizes = _sizes(vllm_config, resolved, geometry, caches[0].device)
     on_gpu = sizes.device.type == "cuda"
     device = sizes.device
+    if not on_gpu:  # the weights are there by now; on a GPU the pool is pinned below
+        workers = setup.local_workers(vllm_config.parallel_config)
+        check_pools_fit(resolved, workers, sum(c.nbytes for c in caches))
 
     # First, while nothing but vLLM's own lies beside the forwards' tensors.
     bases = find_bases(vllm_config, resolved, geometry, names, device)

@@ -469,4 +469,4 @@ class Runtime:
         known = shares[~np.isnan(shares)]
         self.counters["coverage_millionths"] += int(1e6 * float(known.sum()))
         self.counters["coverage_rows"] += len(known)
-        self._report = StepReport(slots=plan.host_slots, hits=hits, misses=misses, coverage=shares)
+        self._report = StepReport(plan.host_slots, hits, misses, shares, plan.step)

@@ -18,6 +18,7 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 
 from sentencekv_vllm.plugin import register  # noqa: E402
 from sentencekv_vllm.vllm_glue import setup  # noqa: E402
+from sentencekv_vllm.worker.host_memory import GIB, available_bytes  # noqa: E402
 
 
 def configuration(
@@ -282,6 +283,10 @@ def real(tmp_path=None, changes=None, **options):
     return EngineArgs(model=model, **options).create_engine_config()
 
 
+def free_gib():
+    return available_bytes() / GIB
+
+
 REAL = {
     "a connector": (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
@@ -294,6 +299,17 @@ REAL = {
     ),
     "fp8 KV": ({"kv_cache_dtype": "fp8"}, "quantised KV cache"),
     "KV offloading": ({"kv_offloading_size": 1.0}, "kv-offloading-size"),
+    "a swap pool beyond the memory": (
+        {"additional_config": {"sentencekv": {"host_pool_gib": 4000}}},
+        "host_pool_gib 4000 of 1 worker.* takes 4000.00 GiB, .* GiB of host memory are free",
+    ),
+    "swap pools of ranks that only fit alone": (
+        {
+            "additional_config": {"sentencekv": {"host_pool_gib": 0.7 * free_gib()}},
+            "tensor_parallel_size": 2,
+        },
+        "of 2 worker.* set it to at most",
+    ),
     "some layers only": (
         {
             "attention_backend": None,

@@ -36,7 +36,7 @@ from sentencekv_vllm.vllm_glue.spec import SentenceKVSpec  # noqa: E402
 N, BLOCKS, PROMPT = 16, 64, 20 * 16 + 5
 SINKS, WORKING_SET = 1, 5
 OPTIONS = DecodeOptions(
-    index_kind=0, reduce=0, retention=5.0, query_kind=0, budget_blocks=3, seed=0, byte_rows=8
+    index_kind=0, reduce=0, retention=5.0, query_kind=0, budget_blocks=3, seed=0
 )
 
 

@@ -351,13 +351,39 @@ def test_reports_reach_their_request_or_nobody(simulate):
     sim = simulate()
     sim.add("a", PROMPT)
     sim.prefill("a")
-    slot = sim.step("a", 1).sparse.slots
+    message = sim.step("a", 1)
+    slot, step = message.sparse.slots, message.step
     one = np.ones(1, np.int64)
-    sim.ledger.report(StepReport(slot, 3 * one, one, np.float32([0.5])))
-    sim.ledger.report(StepReport(slot + 1, 9 * one, one, np.float32([0.5])))
+    sim.ledger.report(StepReport(slot, 3 * one, one, np.float32([0.5]), step))
+    sim.ledger.report(StepReport(slot + 1, 9 * one, one, np.float32([0.5]), step))
     summary = sim.ledger.states["a"].summary()
     assert (summary["hits"], summary["misses"], summary["hit_rate"]) == (3, 1, 0.75)
     assert summary["coverage"] == 0.5 and summary["mode"] == "sparse"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_a_slot_did_for_its_last_owner_is_not_booked_on_the_next(simulate, finished):
+    """Asynchronous scheduling: a step is scheduled, its request's end becomes known, the slot has
+    another owner, and only then the step's report comes."""
+    sim = simulate(num_slots=1)
+    sim.add("a", PROMPT)
+    sim.prefill("a")
+    late = sim.step("a", 1)
+    sim.end("a", finished)
+    next_owner = "b" if finished else "a"
+    if finished:
+        sim.add("b", PROMPT)
+    sim.prefill(next_owner)
+    own = sim.step(next_owner, 1)
+    assert own.sparse.slots.tolist() == late.sparse.slots.tolist(), "the same slot"
+    one = np.ones(1, np.int64)
+    for message, times in ((late, 100), (own, 1)):
+        report = StepReport(
+            message.sparse.slots, 3 * times * one, times * one, np.float32([0.5]), message.step
+        )
+        sim.ledger.report(report)
+    state = sim.ledger.states[next_owner]
+    assert (state.hits, state.misses, state.reports) == (3, 1, 1)
 
 
 @pytest.mark.parametrize("chunk", [1000, 32, 13, 4])

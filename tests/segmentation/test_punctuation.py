@@ -48,6 +48,12 @@ CASES = {
     "chinese": ["你好。", "我是一个人！", "好吗？", "「是。」", "他说。"],
     "hindi": ["यह है।", " वह है।", " हाँ"],
     "arabic": ["كيف؟", " نعم."],
+    "opening_brackets": ["He left.", " (Where to?)", " [Away.]", " ‘So?’"],
+    "ethiopic": ["ሰላም ነው፧", "አዎ።", " ሂድ"],
+    "tibetan": ["བཀྲ་ཤིས།", " བདེ་ལེགས།"],
+    "full_width_stop": ["これは文である．", "次の文．"],
+    "double_marks": ["Really⁇", " Yes‼", "No⁈", "So⁉", " End"],
+    "form_feed": ["Page one\f", "Page two\x85", "the end"],
     "emoji": ["Wow 😀!", " 😀😀.", " Ok 👩‍👩‍👧."],
 }
 
