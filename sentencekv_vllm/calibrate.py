@@ -23,6 +23,8 @@ ENGINE = {
     "max_num_seqs": 1,
     "enforce_eager": True,
     "attention_backend": "sentencekv",
+    "max_model_len": 2048,  # of requests, which there are none of; texts have all positions
+    "kv_cache_memory_bytes": 2 << 30,  # where a server would take most of the memory
 }
 SETTINGS = {"policy": "sentencekv", "min_context_tokens": 1, "host_pool_gib": 0.25}
 

@@ -36,6 +36,8 @@ def block_probabilities(masses: BlockMasses, s: int, count: int) -> Tensor:
         [H, count] int32 in units of `2 ** -probability_shift(G)`.
     """
     tops, sums = masses.tops[s, ..., :count], masses.sums[s, ..., :count]
+    if not count:
+        return tops.sum(1, dtype=torch.int32)
     below = tops.amax(-1, keepdim=True) - tops
     weights = sums.long() * exp2_units(below % UNITS).long()
     weights = weights >> (WEIGHT_SHIFT + below // UNITS).clamp(max=63)

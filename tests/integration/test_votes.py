@@ -13,7 +13,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from engine import BLOCK, apart, generate, greedy, is_clean, make_items, make_llm, runtime_of  # noqa: E402
 
 WINDOW = 32
-ROOM = {"observation_window": WINDOW, "recent_window": 32}
+ROOM = {"observation_window": WINDOW, "recent_window": 32, "index_vectors": 1}
 PROMPTS = (1500, 1031, 2000)
 
 

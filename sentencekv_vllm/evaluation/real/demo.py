@@ -89,8 +89,8 @@ def questions(chat: Chat, tokens: int, seed: int) -> tuple[str, list[Turn]]:
         document = maker.haystack(rng, [planted], room)
         paragraphs = [text for text in document.split(BREAK) if planted not in text]
         if len(fit := quotable(paragraphs, maker)) >= 2:
-            first, last = fit[0], fit[-1]
-            return document, [number, quote(first, maker), quote(last, maker), SUMMARY]
+            quotes = [quote(text, maker) for text in rng.sample(fit, 2)]
+            return document, [number, *quotes, SUMMARY]
     raise RealTextError(f"no document of {tokens} tokens has paragraphs to quote: ask for longer")
 
 

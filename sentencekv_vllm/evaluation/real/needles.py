@@ -10,9 +10,9 @@ from itertools import pairwise, permutations
 from ..items import Item
 from .maker import Maker, Turn
 
-# Tokens. RULER lets a model go on for 128, which a base model fills with anything; the prompt ends
-# with the answer's first words, so the values come at once.
-VALUE_REPLY, SPARE_REPLY = 16, 8
+# Tokens. RULER lets needles go on for 128: several values may come as a list with their keys. The
+# prompt ends with the answer's first words, so a single value comes at once.
+SINGLE_REPLY, REPLY = 24, 128
 TRACKING_REPLY = 30  # as RULER has it
 HOPS = 3
 
@@ -37,7 +37,7 @@ def needle(rng: random.Random) -> tuple[str, Turn]:
         ask=f"\n\nWhat is the special magic number for {key} mentioned in the document?",
         prefix=f"The special magic number for {key} mentioned in the document is",
         wanted=(number,),
-        max_tokens=VALUE_REPLY + SPARE_REPLY,
+        max_tokens=SINGLE_REPLY,
     )
     return f"One of the special magic numbers for {key} is: {number}.", turn
 
@@ -71,7 +71,7 @@ def needles(rng: random.Random, maker: Maker, keys: int, values: int, asked: int
         ask=f"\nWhat {be} {which} {what} for {key} mentioned in the provided text?",
         prefix=f"The {what} for {key} mentioned in the provided text {be}",
         wanted=answers,
-        max_tokens=VALUE_REPLY * len(answers) + SPARE_REPLY,
+        max_tokens=REPLY if many else SINGLE_REPLY,
         target="" if many else f" {answers[0]}.",
     )
     text = maker.haystack(rng, planted, maker.room(_HEAD, turn))
