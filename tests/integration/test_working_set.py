@@ -15,7 +15,9 @@ POLICIES = ("sentencekv", "sentencekv-paper", "random", "streaming")
 
 def decode(working_set):
     """Prompts whose history is longer than the largest working set: others stay dense."""
-    llm = make_llm({"working_set_tokens": working_set, "index_vectors": 1}, enable_prefix_caching=False)
+    llm = make_llm(
+        {"working_set_tokens": working_set, "index_vectors": 1}, enable_prefix_caching=False
+    )
     prompts = [item.prompt for item in make_items(llm, (1500, 1100, 2300))]
     outputs = {
         policy: generate(

@@ -53,8 +53,8 @@ def test_unknown_devices_are_refused(load_layer_ops) -> None:
 
 THREADS = """
 import os, pathlib, torch
+from sentencekv_vllm.ops.basis import plain_basis
 from sentencekv_vllm.ops.load import load_layer_ops
-from sentencekv_vllm.ops.rotation import rotation
 from sentencekv_vllm.types import LayerPools
 
 def runtimes():
@@ -70,14 +70,15 @@ ops = load_layer_ops("cpu")
 assert ops.name == "cpu", ops
 cache = zeros(2, 4, 16, 16, dtype=torch.bfloat16)  # small: torch itself starts no thread for it
 pools = LayerPools(
-    cache, cache.clone(), zeros(2, 4, 1, 16, dtype=torch.uint8),
-    zeros(2, 4, 16, dtype=torch.bfloat16), zeros(2, 4, 8, dtype=torch.bfloat16),
-    zeros(2, 4, dtype=torch.uint8), zeros(2, 4), zeros(2, 4), zeros(2, 4),
+    cache, cache.clone(), zeros(2, 4), zeros(2, 4), zeros(2, 4),
+    codes=zeros(2, 4, 1, 16, dtype=torch.uint8), scales=zeros(2, 4, 16, dtype=torch.bfloat16),
+    means=zeros(2, 4, 8, dtype=torch.int8), mean_scales=zeros(2, 4, dtype=torch.float32),
+    page_kept=zeros(2, 4, dtype=torch.uint8), basis=plain_basis(4, 8, 8),
 )
-turn, offset = rotation(8), torch.arange(128, dtype=torch.int32)
+offset = torch.arange(128, dtype=torch.int32)
 ids = torch.arange(2, dtype=torch.int32)
 threads = len(os.listdir("/proc/self/task"))
-ops.index_pages(pools, ids, ids, offset, turn)
+ops.index_pages(pools, ids, ids, offset)
 assert runtimes() == before, runtimes() - before
 print(len(before), len(os.listdir("/proc/self/task")) - threads)
 """

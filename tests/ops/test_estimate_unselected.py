@@ -21,7 +21,7 @@ from sentencekv_vllm.worker.tables import NewSentences
 
 from .layer_cases import Case, Layer, Row, build, copy_pools
 
-BITS, CENTROID, RANDOM = IndexKind.TOKEN_BITS, IndexKind.CENTROID, IndexKind.RANDOM
+BITS, CENTROID, RANDOM = IndexKind.TOKEN_CODES, IndexKind.CENTROID, IndexKind.RANDOM
 OPS = [ReferenceOps, CpuOps]
 
 
@@ -89,7 +89,7 @@ class Scene:
         layer, g = self.layer, self.layer.geometry
         pools, batch = copy_pools(layer.pools), layer.batch
         out = layer.outputs()
-        ops.decode_layer(g, pools, batch, query, layer.rotation, out)
+        ops.decode_layer(g, pools, batch, query, out)
         used = set(batch.private_blocks.flatten().tolist())
         spare = iter([b for b in range(len(pools.cache)) if b not in used])
         tables, lengths = out.head_tables.clamp(min=0), []
