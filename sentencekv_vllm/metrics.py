@@ -12,7 +12,7 @@ COUNTERS: dict[str, str] = {
     "released_blocks": "GPU blocks that requests gave back, before they drew working sets.",
     "sparse_steps": "Engine steps with at least one sparse row.",
     "offload_ns": "Nanoseconds spent on copy-out and index construction.",
-    "score_ns": "Nanoseconds spent scoring sentences.",
+    "score_ns": "Nanoseconds spent scoring blocks or sentences.",
     "select_ns": "Nanoseconds spent filling the token budget.",
     "resolve_ns": "Nanoseconds spent on slot lookup.",
     "swap_ns": "Nanoseconds spent gathering missed head-blocks.",
@@ -25,6 +25,7 @@ COUNTERS: dict[str, str] = {
 GAUGES: dict[str, str] = {
     "host_pages_used": "Host pages owned by requests; a page holds a block of every layer.",
     "host_pages_total": "Host pages of the swap pool.",
+    "index_bytes": "Bytes of the index on each worker's device.",
     "sparse_requests": "Requests that are decoding sparsely.",
     "resident_blocks": "GPU blocks that the working sets hold.",
 }

@@ -159,7 +159,7 @@ class SchedulerSide:
         counts = {f"{REASON_PREFIX}{k}": v for k, v in self.ledger.finished.items()}
         counts |= {f"{SEGMENTER_PREFIX}{k}": v for k, v in self._service.stats.items()}
         counts["released_blocks"] = self.ledger.blocks_released
-        levels = self.ledger.gauges()
+        levels = self.ledger.gauges() | {"index_bytes": self.resolved.index_bytes}
         data = {k: v for k, v in levels.items() if v != self._reported.get(k)}
         data |= {k: new for k, v in counts.items() if (new := v - self._reported.get(k, 0))}
         self._reported = levels | counts

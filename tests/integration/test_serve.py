@@ -173,6 +173,7 @@ def test_answers_are_right_and_say_how_they_were_decoded(server, item):
         key = f"sentencekv_{name}_total"
         assert after[key] > before[key], name
     assert after["sentencekv_host_pages_total"] > 0
+    assert after["sentencekv_index_bytes"] > 0
 
 
 def test_a_request_chooses_its_own_policy_budget_or_none(server, item):
