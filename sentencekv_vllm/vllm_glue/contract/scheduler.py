@@ -252,6 +252,7 @@ ROWS: tuple[Name, ...] = (
             "prompt_token_ids",
             "all_token_ids",
             "resumable",
+            "mm_features",
             "sampling_params",
         ),
     ),
