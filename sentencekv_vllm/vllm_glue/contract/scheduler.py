@@ -100,7 +100,6 @@ ROWS: tuple[Name, ...] = (
         "vllm_glue/manager.py",
         How.READ,
         (
-            "block_size",
             "block_pool",
             "req_to_blocks",
             "num_cached_block",
