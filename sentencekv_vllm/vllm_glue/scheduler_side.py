@@ -83,7 +83,7 @@ class SchedulerSide:
     def add(self, request: Any) -> None:
         """A request has arrived; a bad option was refused before it got here."""
         reason, options, keeps_all = Reason.SHORT_CONTEXT, None, False
-        if request.prompt_token_ids is None or getattr(request, "resumable", False):
+        if request.prompt_token_ids is None or request.resumable or request.mm_features:
             reason = Reason.UNSUPPORTED_INPUT
         else:
             reason, options, keeps_all = self._options(request)

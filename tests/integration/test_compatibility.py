@@ -54,9 +54,11 @@ def test_caches_that_vllm_zeroes_are_refused():
 
 
 @pytest.mark.parametrize(
-    "change", [{"prompt_token_ids": None}, {"resumable": True}], ids=lambda c: next(iter(c))
+    "change",
+    [{"prompt_token_ids": None}, {"resumable": True}, {"mm_features": [object()]}],
+    ids=lambda change: next(iter(change)),
 )
-def test_inputs_without_a_fixed_prompt_stay_dense(change):
+def test_inputs_without_a_fixed_prompt_of_text_stay_dense(change):
     from sentencekv_vllm.vllm_glue.scheduler_side import SchedulerSide
 
     states = []
@@ -65,7 +67,7 @@ def test_inputs_without_a_fixed_prompt_stay_dense(change):
         resolved=SimpleNamespace(config=SimpleNamespace(warm_start=False)),
         _options=lambda request: (Reason.SHORT_CONTEXT, object(), False),
     )
-    request = {"request_id": "a", "prompt_token_ids": [1, 2], "resumable": False}
+    request = {"request_id": "a", "prompt_token_ids": [1, 2], "resumable": False, "mm_features": []}
     SchedulerSide.add(side, SimpleNamespace(**request, all_token_ids=[1, 2]))
     SchedulerSide.add(side, SimpleNamespace(**(request | change), all_token_ids=[1, 2]))
     plain, special = states
@@ -100,6 +102,6 @@ def default_blocks():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the default of a CPU")
 def test_without_a_block_size_an_engine_on_a_cpu_has_blocks_of_32():
     """Not the configuration's number alone: vLLM 0.33 settles its own after ours."""
-    found = apart(default_blocks)
+    found = apart(default_blocks, timeout_s=500)
     assert found["config"] == found["manager"] == found["ledger"] == 32
     assert found["released"] > 0

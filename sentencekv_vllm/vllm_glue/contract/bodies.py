@@ -17,7 +17,7 @@ BODIES: tuple[Body, ...] = (
         "v1/core/kv_cache_manager.py",
         "KVCacheManager.get_computed_blocks",
         "vllm_glue/manager.py",
-        "hits come as a prefix of whole blocks",
+        "it returns blocks, tokens and a boundary",
         {"0.32": "3de3953dac", "0.33": "89c707d947"},
     ),
     Body(

@@ -100,7 +100,6 @@ ROWS: tuple[Name, ...] = (
         "vllm_glue/manager.py",
         How.READ,
         (
-            "block_size",
             "block_pool",
             "req_to_blocks",
             "num_cached_block",
@@ -252,6 +251,7 @@ ROWS: tuple[Name, ...] = (
             "prompt_token_ids",
             "all_token_ids",
             "resumable",
+            "mm_features",
             "sampling_params",
         ),
     ),

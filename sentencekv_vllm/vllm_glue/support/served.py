@@ -6,6 +6,7 @@ from __future__ import annotations
 from .entry import Entry, Kind
 
 T = "tests/integration"
+DENSE = f"{T}/test_compatibility.py::test_inputs_without_a_fixed_prompt_of_text_stay_dense"
 
 
 def _served(what: str, how: str, *tests: str) -> Entry:
@@ -55,6 +56,14 @@ SERVED: tuple[Entry, ...] = (
         "prompt embeddings, resumable (streaming-input) requests",
         Kind.DENSE,
         "no token ids, or a prompt whose end moves; reason `unsupported_input`",
-        ("tests/integration/test_compatibility.py::test_inputs_without_a_fixed_prompt_stay_dense",),
+        (f"{DENSE}[prompt_token_ids]", f"{DENSE}[resumable]"),
+    ),
+    Entry(
+        "prompts with images, audio or video",
+        Kind.DENSE,
+        "their placeholders are no sentences, and no engine test has one; reason "
+        "`unsupported_input`. Text prompts of the same model turn sparse",
+        (f"{DENSE}[mm_features]",),
+        examples="Qwen2.5-VL, Qwen3-VL, LLaVA",
     ),
 )
