@@ -281,6 +281,7 @@ class Ledger:
         count = min(processed // n - first, self._copy_quota)
         if count <= 0:
             return
+        known = state.ends
         self._seal(state, processed)
         m = self.limits.rows_per_page
         rows_short = (
@@ -290,6 +291,10 @@ class Ledger:
         taken = self._take_pages(memory, count + extra)
         if taken is None or (memory.slot < 0 and not self._track(state)):
             state.reason = Reason.HOST_POOL_FULL
+            # A sentence that ends with a page is sealed by the token after it. Without the page
+            # of that token it may have no row, and nothing tells the workers of it: its blocks
+            # must not leave the device, so it is sealed when there is a page again.
+            state.ends = known
             if taken is not None:
                 self.pages.give(taken)
             return

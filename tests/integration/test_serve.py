@@ -201,7 +201,7 @@ def test_a_request_chooses_its_own_policy_budget_or_none(server, item):
         ({"sentencekv_retention": 1e39}, "at most 10000, got 1e+39"),
         ({"sentencekv_index": ["bounds"]}, "['bounds'] is not known"),
         ({"sentencekv_token_budget": "9" * 5000}, "whole number of tokens"),
-        ({"sentencekv_token_budget": 10**30}, "a number of 31 digits"),
+        ({"sentencekv_token_budget": 10**15}, "at most 16777216"),
         ({"sentencekv_policy": "\u2028\x00x" * 50}, "is not known"),
     ],
 )

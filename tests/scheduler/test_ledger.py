@@ -361,6 +361,23 @@ def test_reports_reach_their_request_or_nobody(simulate):
     assert summary["coverage"] == 0.5 and summary["mode"] == "sparse"
 
 
+@pytest.mark.parametrize("pages", range(26, 40))
+def test_the_history_is_indexed_where_the_pool_is_full(simulate, pages):
+    """A sentence that ends with the last page is sealed when there is no page any more."""
+    sim = simulate(num_pages=pages)
+    sim.add("a", PROMPT)
+    told = 0
+    messages = sim.prefill("a")
+    for _ in range(90):
+        messages.append(sim.step("a", 1))
+    for message in messages:
+        for update in message.updates:
+            told = max(told, int(update.sentence_ends[-1]) if len(update.sentence_ends) else 0)
+        if message.sparse is not None:
+            assert told >= message.sparse.history_hi[0] * 4
+    assert messages[-1].sparse is not None
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_what_a_slot_did_for_its_last_owner_is_not_booked_on_the_next(simulate, finished):
     """Asynchronous scheduling: a step is scheduled, its request's end becomes known, the slot has
