@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ from sentencekv_vllm.config import ConfigError, SentenceKVConfig  # noqa: E402
 from sentencekv_vllm.plugin import register  # noqa: E402
 
 STEPS = int(os.environ.get("SENTENCEKV_MACHINE_STEPS", "1500"))
-RULES_A_RUN, STEPS_A_RULE = 25, 4  # on average
+RULES_A_RUN, STEPS_A_RULE = 25, 6  # on average
 totals: Counter[str] = Counter()
 
 
@@ -207,6 +208,49 @@ def test_tenants_side_by_side_read_their_own_pages(quiet, asynchronous):
             world.abort(sorted(world.lives)[0])
     world.drain()
     assert world.seen["sparse rows"] > 200 and world.seen["copied blocks"] > 200
+
+
+def second_turn(world):
+    """A request whose answer was decoded sparsely, and one that continues it."""
+    request = world.add(prompt(300), 40, 0)
+    life = world.lives[request]
+    while request in world.lives:
+        world.step()
+    world.add(life.tokens, 20, 0)
+    world.drain()
+
+
+def keep_everything(world):
+    world.ledger.exact_tokens = lambda request_id, num_tokens: num_tokens
+
+
+def lose_pages(world):
+    world.ledger.pages.give = lambda pages: None
+
+
+def mix_pages_up(world):
+    apply = world.tables.apply
+
+    world.tables.apply = lambda update: apply(replace(update, page_ids=update.page_ids[::-1]))
+
+
+FAULTS = {
+    "approximate KV enters the prefix cache": keep_everything,
+    "pages are not given back": lose_pages,
+    "pages are in another order": mix_pages_up,
+}
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_planted_faults_are_found(quiet, fault):
+    register()
+    world = two_tenants(asynchronous=True)
+    if fault is None:
+        second_turn(world)
+        return
+    FAULTS[fault](world)
+    with pytest.raises(AssertionError):
+        second_turn(world)
 
 
 @pytest.mark.slow
