@@ -113,8 +113,8 @@ def test_every_number_is_bounded_in_the_type_that_it_ends_up_in():
 
 
 def test_pages_are_counted_by_int32():
-    """At one row a page 2^31 pages of 64 bytes would do; a TiB of the smallest model has more."""
-    with pytest.raises(ConfigError, match="65536 holds .* pages .* the largest pool is 2047 GiB"):
+    """Rows, sixteen a page of sixteen tokens, have ids of 32 bits: 2^27 pages."""
+    with pytest.raises(ConfigError, match="65536 holds .* pages .* the largest pool is 127 GiB"):
         resolve(
             SentenceKVConfig(host_pool_gib=65536),
             block_size=16,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .basis import Axes
-from .native_build import cache_dir
+from .build_cache import cache_dirs
 
 MAGIC = b"sentencekv basis 1\n"
 USER_TEXT = "user "
@@ -49,9 +49,9 @@ def basis_folder() -> Path:
     """Where all files are; made if missing.
 
     Raises:
-        OSError, BuildError: it cannot be made.
+        OSError: it cannot be made.
     """
-    folder = cache_dir() / "bases"
+    folder = cache_dirs()[-1] / "bases"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 
@@ -60,7 +60,7 @@ def basis_path(identity: str) -> Path:
     """Where the file of an identity is; the folder exists.
 
     Raises:
-        OSError, BuildError: the folder cannot be made.
+        OSError: the folder cannot be made.
     """
     return basis_folder() / f"{identity[:32]}.basis"
 

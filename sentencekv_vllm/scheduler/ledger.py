@@ -11,38 +11,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
-import numpy as np
-
-from ..messages import Int32s, SettledPrompt, StepMessage, StepReport
+from ..messages import StepMessage, StepReport
 from ..types import QueryKind
+from .copying import Copying
 from .limits import Limits
 from .outbox import has_news, observed_rows, sparse_rows, take_update
 from .page_pool import PagePool
+from .protocols import Block, Segmentation
 from .reasons import Reason
 from .request_state import Memory, RequestState, Unsent
-
-
-class Block(Protocol):
-    """A vLLM KV cache block."""
-
-    block_id: int
-    ref_cnt: int
-
-
-class Segmentation(Protocol):
-    """The part of `segmentation.service.SegmentationService` that is used here."""
-
-    def submit(self, request_id: str, token_ids: Int32s) -> None: ...
-
-    def poll(self, request_id: str, urgent: bool = False) -> Int32s | None: ...
-
-    def drop(self, request_id: str) -> None: ...
-
-    def split_tail(self, token_ids: Int32s, final: bool = False) -> Int32s: ...
-
-    def is_boundary(self, token_id: int) -> bool: ...
+from .slots import Slots
+from .turning import Turning
 
 
 class Ledger:
@@ -54,15 +34,17 @@ class Ledger:
         self.segmentation = segmentation
         self.states: dict[str, RequestState] = {}
         self.finished: Counter[Reason] = Counter()
-        self.blocks_released = 0
-        self._slots = PagePool(limits.num_slots)
-        self._slot_owner: dict[int, RequestState] = {}
+        self.slots = Slots(limits.num_slots)
+        self._copying = Copying(limits, pages, segmentation, self.slots)
+        self._turning = Turning(limits)
         self._watched: set[str] = set()  # requests whose last prompt queries are kept
-        self._dropped: list[int] = []
         self._frees = False
         self._short = self._short_next = False  # of GPU blocks: since the last step, in this one
-        self._copy_quota = limits.copy_blocks_per_step
         self._step = 0
+
+    @property
+    def blocks_released(self) -> int:
+        return self._turning.blocks_released
 
     # Lifecycle ------------------------------------------------------------------------
 
@@ -78,10 +60,7 @@ class Ledger:
             return
         memory = state.memory
         self.pages.give(memory.row_pages + memory.reserved)
-        if memory.slot >= 0:
-            self._slots.give([memory.slot])
-            del self._slot_owner[memory.slot]
-            self._dropped.append(memory.slot)
+        self.slots.drop(state)
         state.memory, state.unsent = Memory(), Unsent()
         if state.request.is_finished():
             self.forget(request_id)
@@ -98,7 +77,7 @@ class Ledger:
     # Decisions within one schedule() ----------------------------------------------------
 
     def new_step(self) -> None:
-        self._copy_quota = self.limits.copy_blocks_per_step
+        self._copying.new_step()
         self._short, self._short_next = self._short_next, False
 
     def note_need(self, num_blocks: int, num_free_blocks: int) -> None:
@@ -125,17 +104,19 @@ class Ledger:
         grown = processed if state.settlement is None else 0
         if max(state.request.num_prompt_tokens, grown) < self.limits.min_context_tokens:
             return None
-        if not self._segmented(state, processed):
+        if not self._copying.segmented(state, processed):
             state.reason = Reason.SEGMENTING
             return None
         if state.reason in (Reason.SHORT_CONTEXT, Reason.SEGMENTING):
             state.reason = Reason.COPYING
         if not state.compacts:
-            self._copy_out(state, processed, blocks)
+            self._copying.copy_out(state, processed, blocks)
         if state.memory.sparse:
-            freed = self._extend(state, processed)
+            freed = self._turning.extend(state, processed)
         else:
-            freed = self._turn_sparse(state, processed, blocks, num_free_blocks)
+            freed = self._turning.turn_sparse(
+                state, processed, blocks, num_free_blocks, self._short
+            )
         self._frees |= freed is not None
         return freed
 
@@ -144,7 +125,7 @@ class Ledger:
         state = self.states.get(request_id)
         if state is None or not state.memory.sparse or state.memory.private:
             return 0
-        return self._working_set(state, state.memory.history_hi - state.memory.history_lo)
+        return self._turning.working_set(state, state.memory.history_hi - state.memory.history_lo)
 
     def set_private_blocks(self, request_id: str, block_ids: list[int]) -> None:
         state = self.states[request_id]
@@ -167,12 +148,12 @@ class Ledger:
 
     def must_wait(self, request_id: str) -> bool:
         """At admission, with `on_pool_full: wait`: the host pages are not there yet."""
-        needed = self._pages_at_admission(request_id)
+        needed = self._copying.pages_at_admission(self.states.get(request_id))
         return self.pages.num_free < needed <= self.pages.num_pages
 
     def reserve(self, request_id: str) -> None:
         """At the first allocation: hold the prompt's pages, so that copy-out cannot fail."""
-        needed = self._pages_at_admission(request_id)
+        needed = self._copying.pages_at_admission(self.states.get(request_id))
         if 0 < needed <= self.pages.num_free:
             taken = self.pages.take(needed)
             assert taken is not None
@@ -194,10 +175,11 @@ class Ledger:
             num_scheduled: tokens of each that the step computes; without it nobody votes.
         """
         self._step += 1
+        self.slots.step = self._step
         watched = self._observe(scheduled, num_scheduled or {})
-        dropped, self._dropped = self._dropped, []
+        dropped = self.slots.take_dropped()
         frees, self._frees = self._frees, False
-        updates = [take_update(s) for s in self._slot_owner.values() if has_news(s)]
+        updates = [take_update(s) for s in self.slots.owners.values() if has_news(s)]
         rows = [
             (state, computed)
             for request_id, computed in scheduled.items()
@@ -215,7 +197,7 @@ class Ledger:
         """Book what the workers found in a step."""
         columns = (report.slots, report.hits, report.misses, report.coverage)
         for slot, hits, misses, coverage in zip(*(c.tolist() for c in columns), strict=True):
-            state = self._slot_owner.get(slot)
+            state = self.slots.owners.get(slot)
             # A step's report may come when the slot has its next owner: under asynchronous
             # scheduling that was scheduled before the last owner's end was known.
             if state is not None and report.step > state.memory.tracked_since:
@@ -227,7 +209,7 @@ class Ledger:
 
     def gauges(self) -> dict[str, int]:
         """Levels for the metrics."""
-        sparse = [s for s in self._slot_owner.values() if s.memory.sparse]
+        sparse = [s for s in self.slots.owners.values() if s.memory.sparse]
         return {
             "host_pages_used": self.pages.num_used,
             "host_pages_total": self.pages.num_pages,
@@ -253,188 +235,12 @@ class Ledger:
             first, last = max(start, state.watched_from), min(start + count, prompt)
             if first >= last or prompt < self.limits.min_context_tokens:
                 continue
-            if state.memory.slot >= 0 or self._track(state):
+            if state.memory.slot >= 0 or self.slots.track(state):
                 state.memory.observed += last - first
                 if state.warm_start and last == prompt:
                     state.memory.last_query = prompt - 1 - state.watched_from
                 watched.append((state, start, start + count))
         return watched
-
-    def _segmented(self, state: RequestState, processed: int) -> bool:
-        if state.block_groups:
-            return True
-        if state.segmentation == "none":
-            prompt = state.tokens(0, state.request.num_prompt_tokens)
-            self.segmentation.submit(state.request_id, prompt)
-            state.segmentation = "submitted"
-        if state.segmentation == "submitted":
-            decoding = processed >= state.request.num_prompt_tokens
-            ends = self.segmentation.poll(state.request_id, urgent=decoding)
-            if ends is None:
-                return False
-            state.ends, state.segmentation = ends, "done"
-        return True
-
-    def _copy_out(self, state: RequestState, processed: int, blocks: Sequence[Block]) -> None:
-        n, memory = self.limits.block_size, state.memory
-        first = len(memory.pages)
-        count = min(processed // n - first, self._copy_quota)
-        if count <= 0:
-            return
-        known = state.ends
-        self._seal(state, processed)
-        m = self.limits.rows_per_page
-        rows_short = (
-            state.sentences_within((first + count) * n) - (len(memory.row_pages) + count) * m
-        )
-        extra = max(0, -(-rows_short // m))
-        taken = self._take_pages(memory, count + extra)
-        if taken is None or (memory.slot < 0 and not self._track(state)):
-            state.reason = Reason.HOST_POOL_FULL
-            # A sentence that ends with a page is sealed by the token after it. Without the page
-            # of that token it may have no row, and nothing tells the workers of it: its blocks
-            # must not leave the device, so it is sealed when there is a page again.
-            state.ends = known
-            if taken is not None:
-                self.pages.give(taken)
-            return
-        if state.reason is Reason.HOST_POOL_FULL:
-            state.reason = Reason.COPYING
-        self._copy_quota -= count
-        memory.pages += taken[:count]
-        memory.row_pages += taken
-        state.unsent.block_ids += [b.block_id for b in blocks[first : first + count]]
-
-    def _seal(self, state: RequestState, processed: int) -> None:
-        """End the groups that tokens without one have completed."""
-        sealed, n = state.sealed_tokens, self.limits.block_size
-        if processed <= sealed:
-            return
-        if state.block_groups:
-            tail = np.arange(n, processed - sealed + 1, n, np.int32)
-        else:  # generated tokens
-            tail = self.segmentation.split_tail(state.tokens(sealed, processed), final=False)
-        state.ends = np.concatenate((state.ends, tail + np.int32(sealed)))
-
-    def _take_pages(self, memory: Memory, count: int) -> list[int] | None:
-        taken = self.pages.take(max(0, count - len(memory.reserved)))
-        if taken is None:
-            return None
-        held = memory.reserved[:count]
-        del memory.reserved[:count]
-        return held + taken
-
-    def _track(self, state: RequestState) -> bool:
-        slot = self._slots.take(1)
-        if slot is None:
-            return False
-        state.memory.slot, state.memory.tracked_since = slot[0], self._step
-        self._slot_owner[slot[0]] = state
-        return True
-
-    def _history_end(self, state: RequestState, processed: int) -> int:
-        """First block after the history: full, copied, indexed, outside the recent window."""
-        n, memory = self.limits.block_size, state.memory
-        if state.compacts:  # what follows the prompt is never dropped
-            window = state.request.num_prompt_tokens - state.voting_from
-            recent = max(self.limits.recent_tokens, window)
-            end = (state.request.num_prompt_tokens - recent) // n
-            return max(end, self.limits.sink_blocks)
-        indexed = state.sentences_within(len(memory.pages) * n)
-        last_end = int(state.ends[indexed - 1]) if indexed else 0
-        end = min((processed - self.limits.recent_tokens) // n, last_end // n)
-        if state.keeps_all:
-            end = min(end, self.limits.sink_blocks + self.limits.working_set_blocks)
-        return max(end, self.limits.sink_blocks)
-
-    def _working_set(self, state: RequestState, history: int) -> int:
-        assert state.options is not None
-        if state.compacts:  # a block is one of every layer: the largest budget is held
-            return min(state.options.largest_budget, history)
-        return self.limits.working_set_blocks if state.options.budget_blocks else 0
-
-    def _turn_sparse(
-        self, state: RequestState, processed: int, blocks: Sequence[Block], num_free_blocks: int
-    ) -> tuple[int, int] | None:
-        request, memory, options = state.request, state.memory, state.options
-        assert options is not None
-        # A resumed request prefills its generated tokens, too: the end of the prompt is not
-        # the end of the prefill.
-        if processed < max(request.num_prompt_tokens, request.num_tokens - 1):
-            return None
-        if processed < self.limits.min_context_tokens_with_room and not self._short:
-            state.reason = Reason.ROOM
-            return None
-        lo, hi = self.limits.sink_blocks, self._history_end(state, processed)
-        working_set = self._working_set(state, hi - lo)
-        if self.limits.stay_dense_when_covered and hi - lo <= options.budget_blocks:
-            if state.reason is not Reason.HOST_POOL_FULL:
-                copied = len(memory.pages) == processed // self.limits.block_size
-                state.reason = Reason.BUDGET_COVERS if copied else Reason.COPYING
-            return None
-        if hi == lo or memory.slot < 0 or not self._can_vote(state):
-            return None
-        exclusive = sum(block.ref_cnt == 1 for block in blocks[lo:hi])
-        if exclusive + num_free_blocks - 1 < working_set:
-            state.reason = Reason.NO_GAIN
-            return None
-        memory.sparse, memory.history_lo, memory.history_hi = True, lo, hi
-        if state.settlement is not None:
-            prompt = request.num_prompt_tokens
-            prompt_blocks = [b.block_id for b in blocks[: -(-prompt // self.limits.block_size)]]
-            state.unsent.settled = SettledPrompt(
-                state.settlement,
-                prompt_blocks,
-                prompt,
-                lo,
-                hi,
-                options.budget_blocks,
-                options.layer_blocks,
-            )
-        self._note_released(state, exclusive)
-        self._note_exactness(state, processed)
-        return lo, hi
-
-    def _can_vote(self, state: RequestState) -> bool:
-        """Everybody was heard, and what they vote on is indexed; true where nobody votes."""
-        if state.settlement is None:
-            return True
-        prompt, memory = state.request.num_prompt_tokens, state.memory
-        indexed = state.compacts or len(memory.pages) >= prompt // self.limits.block_size
-        return indexed and memory.observed >= prompt - state.voting_from
-
-    def _extend(self, state: RequestState, processed: int) -> tuple[int, int] | None:
-        memory = state.memory
-        first, memory.history_hi = memory.history_hi, self._history_end(state, processed)
-        assert memory.history_hi >= first, "history never shrinks"
-        self._note_exactness(state, processed)
-        self._note_released(state, memory.history_hi - first)
-        return (first, memory.history_hi) if memory.history_hi > first else None
-
-    def _note_released(self, state: RequestState, blocks: int) -> None:
-        state.blocks_released += blocks
-        self.blocks_released += blocks
-
-    def _note_exactness(self, state: RequestState, processed: int) -> None:
-        memory, options = state.memory, state.options
-        assert options is not None
-        covered = memory.history_hi - memory.history_lo <= options.smallest_budget
-        exact = covered and self.limits.exact_pages
-        if memory.exact_tokens is None and not exact:
-            memory.exact_tokens = processed
-
-    def _pages_at_admission(self, request_id: str) -> int:
-        state = self.states.get(request_id)
-        if not self.limits.wait_for_pages or state is None or state.options is None:
-            return 0
-        if state.compacts:
-            return 0
-        prompt = state.request.num_prompt_tokens
-        if prompt < self.limits.min_context_tokens or state.memory.reserved or state.memory.pages:
-            return 0
-        # While spaCy is at work, one page a block; the sentences' rows may take a few more.
-        sentences = len(state.ends) if self._segmented(state, processed=0) else 0
-        return max(prompt // self.limits.block_size, -(-sentences // self.limits.rows_per_page))
 
     def _restarts_query(self, state: RequestState, computed: int) -> bool:
         """Whether the step ranks by its own query alone (where it would look back at all)."""

@@ -191,8 +191,8 @@ def leaks(llm: Any) -> dict[str, int]:
         "blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
         "requests": len(scheduler.requests),
         "host pages": ledger.pages.num_used,
-        "slots": ledger.limits.num_slots - ledger._slots.num_free,
-        "tracked": len(ledger.states) + len(ledger._slot_owner),
+        "slots": ledger.slots.num_used,
+        "tracked": len(ledger.states) + len(ledger.slots.owners),
         "private blocks": len(manager._private),
     }
 

@@ -165,6 +165,7 @@ class World:
         side = self.scheduler.connector.scheduler
         self.sentences = Sentences()
         side.ledger.segmentation = side._service = self.sentences
+        side.ledger._copying._segmentation = self.sentences
         self.side, self.ledger, self.resolved = side, side.ledger, side.resolved
         assert self.ledger.pages.num_pages == num_pages
         self.manager = side._manager
@@ -250,7 +251,7 @@ class World:
     def _perform(self, message: Any, before: dict[str, int]) -> StepReport | None:
         for slot in message.dropped:
             self.tables.drop(slot)
-        owners = {slot: s.request_id for slot, s in self.ledger._slot_owner.items()}
+        owners = {slot: s.request_id for slot, s in self.ledger.slots.owners.items()}
         copies = []
         for update in message.updates:
             life = self.lives[owners[update.slot]]
@@ -297,7 +298,7 @@ class World:
                 self.device[place] = life.tag(position)
         if sparse is not None:  # what is swapped in lands in the working sets
             for slot in sparse.slots.tolist():
-                private = self.ledger._slot_owner[slot].memory.private
+                private = self.ledger.slots.owners[slot].memory.private
                 self.device[private] = next(self.unique)
         # As in a layer: everybody's keys are written, then everybody attends. So a request may
         # share the blocks of one that computes them in the same step.
@@ -316,7 +317,7 @@ class World:
         return sampled
 
     def _is_inexact(self, life: Life, sparse: Any, row: int) -> bool:
-        options = self.ledger._slot_owner[int(sparse.slots[row])].options
+        options = self.ledger.slots.owners[int(sparse.slots[row])].options
         history = int(sparse.history_hi[row]) - int(sparse.history_lo[row])
         covered = history <= options.smallest_budget and self.resolved.host_format is None
         return not covered or bool(life.approximate)
@@ -332,7 +333,7 @@ class World:
     ) -> None:
         lo, hi = int(sparse.history_lo[row]), int(sparse.history_hi[row])
         slot, config = int(sparse.slots[row]), self.resolved.config
-        state = self.ledger._slot_owner[slot]
+        state = self.ledger.slots.owners[slot]
         options = state.options
         self.seen["sparse rows"] += 1
         life.sparse_rows += 1
@@ -386,7 +387,7 @@ class World:
         assert len(pages) == len(set(pages)) == ledger.pages.num_used, "pages"
         assert set(pages).isdisjoint(ledger.pages._free)
         slots = [s.memory.slot for s in states if s.memory.slot >= 0]
-        assert len(slots) == len(set(slots)) == len(ledger._slot_owner) == ledger._slots.num_used
+        assert len(slots) == len(set(slots)) == len(ledger.slots.owners) == ledger.slots.num_used
         held = self._readers()
         for request_id, blocks in self.manager._private.items():
             assert all(held[b.block_id] == 1 for b in blocks), "a working set is shared"

@@ -56,10 +56,10 @@ def one_of_each():
     modes["segmenting"] = mode(reversed_tokens, _policy="sentencekv-paper")
     segmentation.poll = poll
 
-    ledger = ledger_of(llm)
-    ledger.new_step = lambda: setattr(ledger, "_copy_quota", 0)
+    copying = ledger_of(llm)._copying
+    copying.copy_out = lambda *args: None
     modes["copying"] = mode({"prompt_token_ids": tokens[5:]})
-    del ledger.new_step
+    del copying.copy_out
     return modes, counted(llm), is_clean(llm)
 
 

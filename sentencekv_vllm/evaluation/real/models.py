@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...ops.native_build import cache_dir
+from ...ops.build_cache import cache_dirs
 
 TOOLS = ("gguf==0.19.0", "accelerate==1.15.0", "psutil==7.2.2")
 """What transformers wants in order to read GGUF; in a folder of their own, not installed."""
@@ -69,7 +69,7 @@ MODELS: dict[str, Source] = {
 
 def models_folder() -> Path:
     """Where models are kept, beside the compiled kernels."""
-    return cache_dir() / "models"
+    return cache_dirs()[-1] / "models"
 
 
 def full_name(name: str) -> str:

@@ -121,7 +121,13 @@ ROWS: tuple[Name, ...] = (
     *of(
         "v1/core/kv_cache_utils.py", "KVCacheBlock", "vllm_glue/manager.py", How.READ, ("block_id",)
     ),
-    *of("v1/core/kv_cache_utils.py", "KVCacheBlock", "scheduler/ledger.py", How.READ, ("ref_cnt",)),
+    *of(
+        "v1/core/kv_cache_utils.py",
+        "KVCacheBlock",
+        "scheduler/turning.py",
+        How.READ,
+        ("ref_cnt",),
+    ),
     *of(
         "v1/kv_cache_spec_registry.py",
         "KVCacheSpecRegistry",
@@ -204,7 +210,6 @@ ROWS: tuple[Name, ...] = (
             "scheduled_new_reqs",
             "scheduled_cached_reqs",
             "num_scheduled_tokens",
-            "total_num_scheduled_tokens",
         ),
     ),
     *of(
