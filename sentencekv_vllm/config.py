@@ -56,7 +56,7 @@ class SentenceKVConfig:
     """
 
     policy: str = _option("sentencekv", choices=tuple(POLICIES))
-    token_budget: int = _option(1024, low=1)
+    token_budget: int = _option(512, low=1)
     """Tokens attended per KV head and step, sinks and recent window included."""
     num_sink_tokens: int = _option(32, low=0)
     """First tokens, always attended."""

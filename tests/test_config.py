@@ -165,10 +165,10 @@ def test_an_unknown_preset_is_refused_by_name():
 def test_sizes_of_the_defaults():
     resolved = sizes()
     assert (resolved.sink_blocks, resolved.recent_blocks) == (1, 4)
-    assert resolved.budget_blocks == 27  # 1024 - 32 - 128 = 864 tokens
-    assert resolved.working_set_blocks == 34
-    assert resolved.resident_blocks == 1 + 34 + 4 + 1
-    assert (resolved.smallest_budget, resolved.largest_budget) == (192, 160 + 34 * 32)
+    assert resolved.budget_blocks == 11  # 512 - 32 - 128 = 352 tokens
+    assert resolved.working_set_blocks == 14
+    assert resolved.resident_blocks == 1 + 14 + 4 + 1
+    assert (resolved.smallest_budget, resolved.largest_budget) == (192, 160 + 14 * 32)
 
 
 @given(
@@ -298,7 +298,7 @@ def test_host_formats_need_head_dims_that_groups_divide():
     ("settings", "smallest"),
     [
         ({"token_budget": 191}, {"token_budget": 192}),
-        ({"working_set_tokens": 832}, {"working_set_tokens": 864}),
+        ({"working_set_tokens": 320}, {"working_set_tokens": 352}),
         ({"host_pool_gib": 0.01}, {"host_pool_gib": 0.02}),
     ],
     ids=str,

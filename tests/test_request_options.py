@@ -128,7 +128,7 @@ def test_a_server_of_another_policy_keeps_codes_on_demand():
             {"sentencekv_policy": "streaming", "sentencekv_query": "current"},
             ["'streaming'", "sentencekv_query", "remove it"],
         ),
-        ({"sentencekv_token_budget": 1249}, ["1249", "34 blocks", "largest budget is 1248"]),
+        ({"sentencekv_token_budget": 609}, ["609", "14 blocks", "largest budget is 608"]),
     ],
     ids=lambda value: None if isinstance(value, list) else shown(value),
 )
