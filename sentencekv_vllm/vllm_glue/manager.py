@@ -12,6 +12,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from ..scheduler.ledger import Ledger
+from ..scheduler.visiting import FreeBlocks
 
 
 def reuse_up_to(kv_cache_manager: Any, limit: Callable[[str, int], int]) -> None:
@@ -76,6 +77,10 @@ class SentenceKVManager(FullAttentionManager):
         )
         if freed is not None:
             self._remove_blocks_in_range(request_id, *freed)
+        private = self._private.get(request_id)
+        if private and len(private) > (kept := self.ledger.private_blocks(request_id)):
+            self.block_pool.free_blocks(private[kept:])  # a visitor's staging, once it is sparse
+            del private[kept:]
 
     def get_num_blocks_to_allocate(
         self,
@@ -100,11 +105,32 @@ class SentenceKVManager(FullAttentionManager):
         )
         if self.ledger is None:
             return needed
-        if apply_admission_cap and self.ledger.must_wait(request_id):
-            return int(self.block_pool.num_gpu_blocks) + 1  # more than there are: wait
         needed += self.ledger.missing_private_blocks(request_id)
+        if apply_admission_cap:
+            needed = self._at_admission(request_id, needed, len(new_computed_blocks))
         self.ledger.note_need(needed, self.block_pool.get_num_free_blocks())
         return needed
+
+    def _at_admission(self, request_id: str, needed: int, found_blocks: int) -> int:
+        """Blocks that must be free: what visitors were promised is theirs."""
+        assert self.ledger is not None
+        pool = self.free_blocks(request_id)
+        wanted = self.ledger.blocks_at_admission(request_id, needed, found_blocks, pool)
+        if wanted is None:
+            return int(self.block_pool.num_gpu_blocks) + 1  # more than there are: wait
+        return wanted + self.block_pool.get_num_free_blocks() - pool.free
+
+    def free_blocks(self, request_id: str) -> FreeBlocks:
+        """The pool as a waiting request sees it."""
+
+        def held(other: str) -> int:
+            own = self.req_to_blocks.get(other, ())
+            return len(own) + len(self._private.get(other, ()))
+
+        assert self.ledger is not None
+        promised = self.ledger.promised_blocks(request_id, held)
+        free = self.block_pool.get_num_free_blocks() - promised
+        return FreeBlocks(free, self.block_pool.num_gpu_blocks - 1)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int

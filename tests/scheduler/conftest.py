@@ -13,6 +13,7 @@ from sentencekv_vllm.scheduler.ledger import Ledger
 from sentencekv_vllm.scheduler.limits import Limits
 from sentencekv_vllm.scheduler.page_pool import PagePool
 from sentencekv_vllm.scheduler.request_state import RequestState
+from sentencekv_vllm.scheduler.visiting import FreeBlocks
 
 BLOCK = 4
 BOUNDARY = 7  # every seventh token ends a sentence
@@ -108,6 +109,8 @@ class Simulation:
         processed = self.computed.get(request_id, 0)
         own = self.blocks.setdefault(request_id, [])
         ledger.new_step()
+        if not own and not self.is_admitted(request_id):
+            return None
         if own:
             freed = ledger.advance(request_id, processed, own, len(self.free))
             for j in range(*freed) if freed else ():
@@ -115,6 +118,9 @@ class Simulation:
                 if own[j].ref_cnt == 0:
                     self.free.append(own[j])
                 own[j] = Block(0)
+            kept = ledger.private_blocks(request_id)
+            self._give(self.private.get(request_id, [])[kept:])
+            del self.private.get(request_id, [])[kept:]
         missing = ledger.missing_private_blocks(request_id)
         needed = -(-(processed + tokens) // BLOCK) - len(own)
         ledger.note_need(missing + needed, len(self.free))
@@ -136,6 +142,25 @@ class Simulation:
             request.num_tokens += 1
         return message
 
+    def is_admitted(self, request_id: str) -> bool:
+        """What `allocate_slots` asks before a request's first blocks."""
+
+        def held(other: str) -> int:
+            return len(self.blocks.get(other, ())) + len(self.private.get(other, ()))
+
+        promised = self.ledger.promised_blocks(request_id, held)
+        pool = FreeBlocks(len(self.free) - promised, self.num_blocks)
+        needed = -(-self.requests[request_id].num_tokens // BLOCK)
+        wanted = self.ledger.blocks_at_admission(request_id, needed, 0, pool)
+        admitted = wanted is not None and wanted <= pool.free
+        self.ledger.note_need(self.num_blocks if wanted is None else wanted, pool.free)
+        return admitted
+
+    def held(self, request_id: str) -> int:
+        """GPU blocks of a request."""
+        own = [b for b in self.blocks.get(request_id, ()) if b.block_id]
+        return len(own) + len(self.private.get(request_id, ()))
+
     def prefill(self, request_id: str, chunk: int = 1000) -> list[StepMessage]:
         """Schedule the prompt in chunks, and the generated tokens of a resumed request."""
         messages = []
@@ -153,16 +178,19 @@ class Simulation:
     def end(self, request_id: str, finished: bool = True) -> None:
         """Finish or preempt."""
         self.requests[request_id].finished = finished
-        for block in self.blocks.pop(request_id, []) + self.private.pop(request_id, []):
-            if block.block_id:
-                block.ref_cnt -= 1
-                if block.ref_cnt == 0:
-                    self.free.append(block)
+        self._give(self.blocks.pop(request_id, []) + self.private.pop(request_id, []))
         self.ledger.release(request_id)
         self.computed.pop(request_id, None)
         if finished:
             self.ledger.forget(request_id)
             del self.requests[request_id]
+
+    def _give(self, blocks: list[Block]) -> None:
+        for block in blocks:
+            if block.block_id:
+                block.ref_cnt -= 1
+                if block.ref_cnt == 0:
+                    self.free.append(block)
 
     def _draw(self, count: int) -> list[Block]:
         drawn = [self.free.pop(0) for _ in range(count)]
