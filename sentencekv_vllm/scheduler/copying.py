@@ -127,7 +127,8 @@ class Copying:
     def fit_rows(self, state: RequestState) -> None:
         """Join short sentences of a visitor where the whole swap pool has too few rows for them:
         afterwards a page a block is enough."""
-        if self.all_pages(state) > self._pages.num_pages:
+        blocks = state.request.num_tokens // self._limits.block_size
+        if blocks <= self._pages.num_pages < self.all_pages(state):
             width = -(-self._limits.block_size // self._limits.rows_per_page)
             places = (state.ends - 1) // width  # one end in each stretch of a row's tokens
             state.ends = state.ends[np.append(np.diff(places) > 0, True)]

@@ -50,6 +50,10 @@ class Ledger:
     def blocks_released(self) -> int:
         return self._turning.blocks_released
 
+    @property
+    def joined_sentences(self) -> int:
+        return self._copying.coarsened
+
     # Lifecycle ------------------------------------------------------------------------
 
     def add(self, state: RequestState) -> None:
@@ -224,7 +228,7 @@ class Ledger:
             usable: blocks of the GPU pool.
         """
         state = self.states.get(request_id)
-        if state is None or state.memory.row_pages or state.memory.reserved:
+        if state is None or state.memory.admitted:
             return False
         visits = self._visiting.never_fits(state, usable)
         if not visits and not self._copying.takes_pages(state):
@@ -245,8 +249,9 @@ class Ledger:
     def reserve(self, request_id: str) -> None:
         """At the first allocation: hold the prompt's pages, so that copy-out cannot fail."""
         state = self.states.get(request_id)
-        if state is None:
+        if state is None or state.memory.admitted:
             return
+        state.memory.admitted = True
         self._line.pop(request_id, None)
         if state.memory.visits:
             needed = self._copying.all_pages(state)

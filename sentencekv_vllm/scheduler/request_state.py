@@ -38,6 +38,7 @@ class Memory:
     row_pages: list[int] = field(default_factory=list)  # `pages`, and some for their rows only
     reserved: list[int] = field(default_factory=list)  # taken at admission, not used yet
     private: list[int] = field(default_factory=list)  # the working set's blocks
+    admitted: bool = False  # has its first blocks, and the pages that were reserved
     visits: bool = False  # the prompt's history leaves during the prefill and visits
     floor: int = 0  # blocks promised to an admitted visitor
     lost: int = 0  # a visitor's blocks from the sinks up to here are on the host only

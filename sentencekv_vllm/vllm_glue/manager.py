@@ -105,9 +105,10 @@ class SentenceKVManager(FullAttentionManager):
         )
         if self.ledger is None:
             return needed
-        needed += self.ledger.missing_private_blocks(request_id)
         if apply_admission_cap:
             needed = self._at_admission(request_id, needed, len(new_computed_blocks))
+        else:
+            needed += self.ledger.missing_private_blocks(request_id)
         self.ledger.note_need(needed, self.block_pool.get_num_free_blocks())
         return needed
 
@@ -136,8 +137,7 @@ class SentenceKVManager(FullAttentionManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         if self.ledger is not None:
-            if request_id not in self.num_cached_block and not self.req_to_blocks.get(request_id):
-                self.ledger.reserve(request_id)
+            self.ledger.reserve(request_id)
             missing = self.ledger.missing_private_blocks(request_id)
             if missing:
                 # A side table: never hashed, never in the request's block table.

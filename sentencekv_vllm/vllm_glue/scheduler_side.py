@@ -23,6 +23,7 @@ from ..scheduler.request_state import RequestState
 from ..segmentation.service import SegmentationService
 from .manager import SentenceKVManager, reuse_up_to
 from .resolve import load_vocabulary, resolve_for_engine
+from .visit_room import check_pool, visit_room
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class SchedulerSide:
         self.resolved: ResolvedConfig = resolve_for_engine(vllm_config, kv_cache_config)
         resolved, config = self.resolved, self.resolved.config
         scheduler = vllm_config.scheduler_config
+        check_pool(vllm_config, resolved, kv_cache_config.num_blocks)
         limits = Limits(
             block_size=resolved.block_size,
             sink_blocks=resolved.sink_blocks,
@@ -74,6 +76,7 @@ class SchedulerSide:
             min_context_tokens_with_room=config.min_context_tokens_with_room or 0,
             roomy_blocks=int(ROOMY * kv_cache_config.num_blocks),
             exact_pages=resolved.host_format is None,
+            visit_room=visit_room(vllm_config, resolved),
         )
         self._service = SegmentationService(
             config.segmenter,
@@ -98,7 +101,20 @@ class SchedulerSide:
             )
         self._manager = managers[0]
         self._manager.bind(self.ledger)
-        reuse_up_to(kv_cache_manager, self.ledger.reusable_tokens)
+        reuse_up_to(kv_cache_manager, self._reusable_tokens)
+
+    def _reusable_tokens(self, request_id: str, num_tokens: int) -> int:
+        assert self._manager is not None, "bound before the first request"
+        n = self.resolved.block_size
+        pool = self._manager.free_blocks(request_id)
+        blocks = self.ledger.reusable_blocks(request_id, num_tokens // n, pool)
+        return min(self.ledger.reusable_tokens(request_id, num_tokens), blocks * n)
+
+    def must_wait(self, request_id: str) -> bool:
+        """The request waits for host pages; others are admitted past it."""
+        assert self._manager is not None, "bound before the first request"
+        usable = self._manager.free_blocks(request_id).usable
+        return self.ledger.waits_for_pages(request_id, usable)
 
     def add(self, request: Any) -> None:
         """A request has arrived; a bad option was refused before it got here."""
@@ -107,6 +123,8 @@ class SchedulerSide:
             reason = Reason.UNSUPPORTED_INPUT
         else:
             reason, options, keeps_all = self._options(request)
+        params = request.sampling_params
+        short = params is not None and params.max_tokens == 1
         self.ledger.add(
             RequestState(
                 request_id=request.request_id,
@@ -115,7 +133,9 @@ class SchedulerSide:
                 options=options,
                 keeps_all=keeps_all,
                 reason=reason,
-                warm_start=self.resolved.config.warm_start
+                short_answer=short,
+                warm_start=not short
+                and self.resolved.config.warm_start
                 and options is not None
                 and not options.compacts,
             )
@@ -170,6 +190,8 @@ class SchedulerSide:
         """Levels that have changed, and what has been counted, since the last call."""
         counts = {f"{REASON_PREFIX}{k}": v for k, v in self.ledger.finished.items()}
         counts |= {f"{SEGMENTER_PREFIX}{k}": v for k, v in self._service.stats.items()}
+        counts["visitors"] = self.ledger.visitors
+        counts["joined_sentences"] = self.ledger.joined_sentences
         counts["released_blocks"] = self.ledger.blocks_released
         levels = self.ledger.gauges()
         data = {k: v for k, v in levels.items() if v != self._reported.get(k)}

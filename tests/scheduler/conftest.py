@@ -89,6 +89,9 @@ class Simulation:
     blocks: dict[str, list[Block]] = field(default_factory=dict)
     private: dict[str, list[Block]] = field(default_factory=dict)
     computed: dict[str, int] = field(default_factory=dict)
+    asynchronous: bool = False  # a step is scheduled before the one before it has returned
+    in_flight: dict[str, int] = field(default_factory=dict)
+    placeholders: dict[str, int] = field(default_factory=dict)  # tokens being sampled
 
     def add(self, request_id: str, prompt: int, options=OPTIONS, **state) -> None:
         request = Request(prompt, prompt)
@@ -112,7 +115,8 @@ class Simulation:
         if not own and not self.is_admitted(request_id):
             return None
         if own:
-            freed = ledger.advance(request_id, processed, own, len(self.free))
+            final = processed - self.in_flight.get(request_id, 0)
+            freed = ledger.advance(request_id, final, own, len(self.free))
             for j in range(*freed) if freed else ():
                 own[j].ref_cnt -= 1
                 if own[j].ref_cnt == 0:
@@ -138,8 +142,12 @@ class Simulation:
             {request_id: tokens},
         )
         self.computed[request_id] = processed + tokens
-        if self.computed[request_id] == request.num_tokens:
-            request.num_tokens += 1
+        request.num_tokens += self.placeholders.pop(request_id, 0)  # the step before returns
+        sampled = int(self.computed[request_id] == request.num_tokens)
+        if self.asynchronous:
+            self.in_flight[request_id], self.placeholders[request_id] = tokens, sampled
+        else:
+            request.num_tokens += sampled
         return message
 
     def is_admitted(self, request_id: str) -> bool:
@@ -173,7 +181,8 @@ class Simulation:
         return messages
 
     def left(self, request_id: str) -> int:
-        return self.requests[request_id].num_tokens - self.computed.get(request_id, 0)
+        known = self.requests[request_id].num_tokens + self.placeholders.get(request_id, 0)
+        return known - self.computed.get(request_id, 0)
 
     def end(self, request_id: str, finished: bool = True) -> None:
         """Finish or preempt."""
@@ -181,6 +190,8 @@ class Simulation:
         self._give(self.blocks.pop(request_id, []) + self.private.pop(request_id, []))
         self.ledger.release(request_id)
         self.computed.pop(request_id, None)
+        self.in_flight.pop(request_id, None)
+        self.placeholders.pop(request_id, None)
         if finished:
             self.ledger.forget(request_id)
             del self.requests[request_id]
@@ -209,9 +220,13 @@ class Simulation:
         )
 
 
-def start(num_blocks: int = 200, num_pages: int = 200, **limits) -> Simulation:
+def start(
+    num_blocks: int = 200, num_pages: int = 200, asynchronous: bool = False, **limits
+) -> Simulation:
     ledger = Ledger(replace(LIMITS, **limits), PagePool(num_pages), Segmentation())
-    return Simulation(ledger, [Block(i) for i in range(1, num_blocks + 1)], num_blocks)
+    return Simulation(
+        ledger, [Block(i) for i in range(1, num_blocks + 1)], num_blocks, asynchronous=asynchronous
+    )
 
 
 @pytest.fixture(scope="session")
