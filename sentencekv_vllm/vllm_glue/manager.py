@@ -105,21 +105,18 @@ class SentenceKVManager(FullAttentionManager):
         )
         if self.ledger is None:
             return needed
+        free = self.block_pool.get_num_free_blocks()
         if apply_admission_cap:
-            needed = self._at_admission(request_id, needed, len(new_computed_blocks))
+            pool = self.free_blocks(request_id)
+            found = len(new_computed_blocks)
+            wanted = self.ledger.blocks_at_admission(request_id, needed, found, pool)
+            if wanted is None:
+                return int(self.block_pool.num_gpu_blocks) + 1  # more than there are: wait
+            needed = wanted + free - pool.free  # what visitors were promised is theirs
         else:
             needed += self.ledger.missing_private_blocks(request_id)
-        self.ledger.note_need(needed, self.block_pool.get_num_free_blocks())
+        self.ledger.note_need(needed, free)
         return needed
-
-    def _at_admission(self, request_id: str, needed: int, found_blocks: int) -> int:
-        """Blocks that must be free: what visitors were promised is theirs."""
-        assert self.ledger is not None
-        pool = self.free_blocks(request_id)
-        wanted = self.ledger.blocks_at_admission(request_id, needed, found_blocks, pool)
-        if wanted is None:
-            return int(self.block_pool.num_gpu_blocks) + 1  # more than there are: wait
-        return wanted + self.block_pool.get_num_free_blocks() - pool.free
 
     def free_blocks(self, request_id: str) -> FreeBlocks:
         """The pool as a waiting request sees it."""

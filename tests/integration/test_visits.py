@@ -169,7 +169,6 @@ def crowd():
     engine = llm.llm_engine
     items = make_items(llm, [4000, 200, 3600, 900, 4000, 300] * 2 + [3900, 4000])
     params = greedy(24, stop=None, ignore_eos=True)
-    alone = {i: generate(llm, [items[i].prompt], params)[0] for i in (0, 4)}
     scheduler, done = scheduler_of(llm), {}
     names = {engine.add_request(str(i), x.prompt, params): i for i, x in enumerate(items)}
     for step in range(100000):
@@ -178,13 +177,13 @@ def crowd():
         for output in engine.step():
             if output.finished:
                 done[int(output.request_id.split("-")[0])] = output
-        if step in (30, 90) and scheduler.running:
+        if step in (12, 60) and scheduler.running:
             request = scheduler.running.pop()
             scheduler._preempt_request(request, 0.0)
-        if step == 60:
+        if step == 20:
             (victim,) = [name for name, i in names.items() if i == 2]
             engine.abort_request([victim], internal=True)
-    wrong = [i for i in alone if alone[i]["generated"][0]["text"] != done[i].outputs[0].text]
+    wrong = [i for i, o in done.items() if not o.outputs[0].text.startswith(items[i].target)]
     return sorted(done), wrong, leaks(llm), is_clean(llm), ledger_of(llm).visitors
 
 
@@ -193,7 +192,7 @@ def test_a_crowd_of_them_is_served_and_leaves_nothing_behind():
     done, wrong, left, clean, visitors = apart(crowd)
     assert done == [i for i in range(14) if i != 2]
     assert clean and not any(left.values()), left
-    assert not wrong and visitors >= 8
+    assert not wrong and visitors >= 7
 
 
 def limits():
