@@ -201,6 +201,7 @@ def leaks(llm: Any) -> dict[str, int]:
         "slots": ledger.slots.num_used,
         "tracked": len(ledger.states) + len(ledger.slots.owners),
         "private blocks": len(manager._private),
+        "visitors": len(ledger._visiting.admitted) + len(ledger._line),
     }
 
 
