@@ -55,10 +55,12 @@ def one_of_each():
     modes["segmenting"] = mode({"prompt_token_ids": tokens[::-1]})
     segmentation.poll = poll
 
-    ledger = ledger_of(llm)
-    ledger.new_step = lambda: setattr(ledger, "_copy_quota", 0)
+    copying = ledger_of(llm)._copying
+    copying.copy_out = lambda *args: None
     modes["copying"] = mode({"prompt_token_ids": tokens[5:]})
-    del ledger.new_step
+    del copying.copy_out
+    one = greedy(1)
+    modes["short_answer"] = generate(llm, [long], one)[0]["told"]["mode"]
     return modes, counted(llm), is_clean(llm)
 
 
