@@ -89,6 +89,32 @@ def test_held_blocks_never_exceed_the_formula(simulate, sizes, prompt, data):
     assert sim.is_clean and not sim.ledger._visiting.admitted
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(150, 400), min_size=2, max_size=4),
+    st.lists(st.integers(0, 3), min_size=20, max_size=200),
+    st.integers(0, 120),
+)
+def test_visitors_in_any_order_never_take_each_others_blocks(simulate, prompts, turns, more):
+    sizes = room()
+    sim = start(simulate, sizes, sizes.floor(400) + more, num_pages=350)
+    for i, prompt in enumerate(prompts):
+        sim.add(str(i), prompt)
+    for turn in turns:
+        name = str(turn % len(prompts))
+        state = sim.ledger.states.get(name)
+        if state is None:
+            continue
+        was_admitted = state.memory.admitted and state.memory.visits
+        message = sim.step(name, min(12, sim.left(name)))
+        assert message is not None or not was_admitted
+        if sim.requests[name].num_tokens > prompts[turn % len(prompts)] + 8:
+            sim.end(name)
+    for name in list(sim.requests):
+        sim.end(name)
+    assert sim.is_clean and not sim.ledger._line
+
+
 def test_the_formula_is_tight(simulate):
     """For some prompt and some chunks, every block of it is held."""
     for flight, recent in ((12, 6), (8, 40), (3, 1)):
