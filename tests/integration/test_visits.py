@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 
@@ -22,6 +23,7 @@ from engine import (  # noqa: E402
     scheduler_of,
 )
 
+apart = partial(apart, timeout_s=900)  # several engines of the suite may run side by side
 LENGTHS = (4000, 3100, 3700)
 CHUNK = 256
 DEEP = {"load_format": "dummy", "hf_overrides": {"num_hidden_layers": 12}}  # random weights
