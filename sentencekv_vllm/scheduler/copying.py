@@ -14,9 +14,11 @@ from .reasons import Reason
 from .request_state import Memory, RequestState
 from .slots import Slots
 
+BACKLOG_STEPS = 8  # a backlog shrinks by this share a step, whatever else is copied
+
 
 class Copying:
-    """Orders the copies of a step, within its quota."""
+    """Orders the copies of a step."""
 
     def __init__(
         self, limits: Limits, pages: PagePool, segmentation: Segmentation, slots: Slots
@@ -46,7 +48,10 @@ class Copying:
     def copy_out(self, state: RequestState, processed: int, blocks: Sequence[Block]) -> None:
         n, memory = self._limits.block_size, state.memory
         first = len(memory.pages)
-        count = min(processed // n - first, self._quota)
+        backlog = processed // n - first
+        # The quota spreads bursts; a share is everybody's, so that many requests do not keep
+        # each other from turning sparse.
+        count = min(backlog, max(self._quota, -(-backlog // BACKLOG_STEPS)))
         if count <= 0:
             return
         self._seal(state, processed)
@@ -63,7 +68,7 @@ class Copying:
             return
         if state.reason is Reason.HOST_POOL_FULL:
             state.reason = Reason.COPYING
-        self._quota -= count
+        self._quota = max(0, self._quota - count)
         memory.pages += taken[:count]
         memory.row_pages += taken
         state.unsent.block_ids += [b.block_id for b in blocks[first : first + count]]
