@@ -19,8 +19,8 @@ def line(**settings):
 
 def test_the_line_has_policy_budget_segmenter_and_pool():
     text = line()
-    for words in ("policy sentencekv", "token_budget 1024 (27 blocks of 32", "segmenter auto",
-                  "swap pool 4.00 GiB", "tokens, when full: dense",
+    for words in ("policy sentencekv", "token_budget 512 (11 blocks of 32", "segmenter auto",
+                  "swap pool 4.00 GiB", "tokens, when full: dense, index ",
                   "not at their defaults: none"):  # fmt: skip
         assert words in text
     assert "\n" not in text
