@@ -22,7 +22,7 @@ from .marks import HARD_END, LINE_END
 from .spacy_text import readable, settled_end
 from .vocabulary import Vocabulary
 
-SECONDS, SECONDS_A_TOKEN = 1.0, 60e-6  # of CPU time: some ten times what prose takes
+SECONDS, SECONDS_A_TOKEN = 3.0, 180e-6  # of CPU time: some thirty times what prose takes
 
 
 class TooMuchWork(RuntimeError):

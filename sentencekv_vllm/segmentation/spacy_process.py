@@ -20,7 +20,7 @@ from .vocabulary import Vocabulary
 MAX_CRASHES = 3  # at its start, without an answer in between: then every job fails at once
 _STOP_TIMEOUT_S = 5.0
 # Wall time after which a process hangs; it runs at low priority beside a busy engine.
-_START_S, _BASE_S, _TOKEN_S = 120.0, 30.0, 500e-6
+_START_S, _BASE_S, _TOKEN_S = 120.0, 60.0, 500e-6
 
 
 class SpacyJob:

@@ -66,6 +66,7 @@ def test_inputs_without_a_fixed_prompt_of_text_stay_dense(change):
         ledger=SimpleNamespace(add=states.append),
         resolved=SimpleNamespace(config=SimpleNamespace(warm_start=False)),
         _options=lambda request: (Reason.SHORT_CONTEXT, object(), False),
+        _segment=lambda state: None,
     )
     request = {"request_id": "a", "prompt_token_ids": [1, 2], "resumable": False, "mm_features": []}
     SchedulerSide.add(side, SimpleNamespace(**request, all_token_ids=[1, 2]))

@@ -53,6 +53,8 @@ def assert_same_masses(case, work):
         for name in ("tops", "sums"):
             result = getattr(work, name)[s].cpu()
             written = count if codes[s] else 0
+            if codes[s] and case.batch.takes_everything(s):
+                continue  # nothing reads them, and the definition does not work them out
             assert torch.equal(result[..., :written], getattr(expected, name)[s, ..., :written])
             assert bool((result[..., written:] == 99).all()), "nothing else is written"
 
