@@ -14,8 +14,8 @@ import torch
 from sentencekv_vllm.types import IndexKind
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "decode_attention.py"
-# On AVX2 alone, on a busy machine, 6.0 and 9.5 were measured. How many cycles a byte of memory takes
-# differs by machine, so these floors tell a mistake, not a slower processor.
+# On AVX2 alone, on a busy machine, 6.0 and 9.5 were measured. What a byte of memory costs differs
+# by machine, so these floors tell a mistake, not a slower processor.
 FLOORS = {IndexKind.TOKEN_CODES: 3.0, IndexKind.CENTROID: 5.0}
 ATTEMPTS = 3  # on a machine with neighbours
 
