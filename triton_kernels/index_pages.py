@@ -11,7 +11,7 @@ from .integer_grid import grid_levels, grid_step
 from .pack_keys import code_residuals, map_keys
 from .quantize_pages import store_rows
 
-MAX_TILE = 64  # tokens at once
+MAX_TILE = 64  # tokens at once, of up to 128 channels: what the registers hold
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def index_pages(pools: LayerPools, block_ids: Tensor, page_ids: Tensor) -> None:
         BITS=1 if basis is None else basis.bits,
         MEAN_LEVELS=MEAN_LEVELS,
         K_STEP=16,
-        TILE=min(MAX_TILE, n & -n),
+        TILE=min(MAX_TILE if dim <= 128 else MAX_TILE // 2, n & -n),
         HOST_DTYPE=0 if form is None else int(form.dtype),
         GROUP=0 if form is None else form.group_size,
         HEAD_BLOCK=n * width if form is None else form.head_block_bytes,
