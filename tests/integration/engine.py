@@ -81,7 +81,11 @@ def environment() -> dict[str, str]:
 
 
 def make_llm(
-    settings: dict[str, Any] | None, multiprocess: bool = False, blocks: int = 1600, **engine: Any
+    settings: dict[str, Any] | None,
+    multiprocess: bool = False,
+    blocks: int = 1600,
+    fits: bool = True,
+    **engine: Any,
 ) -> Any:
     """The embedded model behind `LLM`.
 
@@ -89,6 +93,7 @@ def make_llm(
         settings: replaces some of `SETTINGS`; None is vLLM's own CPU backend.
         multiprocess: the engine core in a process of its own, vLLM's default.
         blocks: of the KV pool, the null block included.
+        fits: lower max_model_len to what the pool holds.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(multiprocess))
     from vllm import LLM
@@ -105,7 +110,9 @@ def make_llm(
         "async_scheduling": False,
         **engine,
     }
-    options["max_model_len"] = min(options["max_model_len"], (blocks - 1) * options["block_size"])
+    if fits:
+        held = (blocks - 1) * options["block_size"]
+        options["max_model_len"] = min(options["max_model_len"], held)
     if settings is not None:
         options["attention_backend"] = "sentencekv"
         options["additional_config"] = {"sentencekv": SETTINGS | settings}
@@ -194,6 +201,7 @@ def leaks(llm: Any) -> dict[str, int]:
         "slots": ledger.slots.num_used,
         "tracked": len(ledger.states) + len(ledger.slots.owners),
         "private blocks": len(manager._private),
+        "visitors": len(ledger._visiting.admitted) + len(ledger.admission.line),
     }
 
 
