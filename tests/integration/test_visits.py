@@ -19,6 +19,7 @@ from engine import (  # noqa: E402
     ledger_of,
     make_items,
     make_llm,
+    record,
     runtime_of,
     scheduler_of,
 )
@@ -148,6 +149,34 @@ def test_a_prompt_of_four_pools_and_more():
     alike(small, large)
 
 
+def queue(count, blocks):
+    """Many such prompts at once, half of them alike, in a pool of a quarter of one."""
+    llm = make_llm({}, blocks=blocks, fits=False, max_model_len=3300, **QUEUED)
+    watch, engine = Watch(llm), llm.llm_engine
+    prompts = [item.prompt for item in make_items(llm, [3200] * (count // 2))] * 2
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, greedy(4, stop=None, ignore_eos=True))
+    outputs = {}
+    for _ in range(3000):
+        if not engine.has_unfinished_requests():
+            break
+        outputs |= {o.request_id: record(o) for o in engine.step() if o.finished}
+    visitors = ledger_of(llm).admission.visitors
+    return [outputs[str(i)] for i in range(count)], visitors, watch.visits, leaks(llm)
+
+
+QUEUED = {**DEEP, "max_num_batched_tokens": 256, "max_num_seqs": 4}
+
+
+@pytest.mark.slow
+def test_sixteen_prompts_of_four_pools_queue_and_finish():
+    outputs, visitors, visits, left = apart(queue, 16, 26)
+    assert visitors >= 16 and visits > 16 and not any(left.values()), left
+    assert min(o["prompt_tokens"] for o in outputs) > 4 * 25 * 32 - 100
+    for a, b in zip(outputs[:8], outputs[8:], strict=True):
+        assert len(a["generated"][0]["tokens"]) == 4 and a["generated"] == b["generated"]
+
+
 @pytest.mark.slow
 def test_freed_blocks_are_not_read_and_what_is_staged_is():
     clean, _ = apart(serve, 60, LENGTHS[:1])
@@ -230,6 +259,40 @@ def test_what_cannot_be_served_to_its_end_is_refused_or_ends():
     assert total > 4000 and grows["told"]["mode"] == "sparse"
     assert len(long["generated"][0]["tokens"]) and len(behind["generated"][0]["tokens"])
     assert visitors >= 1 and not any(left.values()), left
+
+
+def grown():
+    """A prompt that fits, and with its answer no longer does when it is preempted."""
+    llm = make_llm(
+        {}, blocks=49, fits=False, max_model_len=3000, max_num_batched_tokens=CHUNK,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+    engine, scheduler = llm.llm_engine, scheduler_of(llm)
+    long, short = (item.prompt for item in make_items(llm, (1400, 300)))
+    forever = greedy(1500, stop=None, ignore_eos=True, logprobs=None)
+    name = engine.add_request("grows", long, forever)
+    outputs, preempted = {}, 0
+    for _ in range(6000):
+        if not engine.has_unfinished_requests():
+            break
+        for output in engine.step():
+            if output.finished:
+                outputs[output.request_id] = record(output)
+        request = scheduler.requests.get(name)
+        if request is not None and request.num_tokens == 2200 and not preempted:
+            preempted = len(scheduler.running)
+            scheduler._preempt_request(scheduler.running.pop(), 0.0)
+            engine.add_request("behind", short, greedy(4))
+    return outputs, preempted, ledger_of(llm).admission.visitors, leaks(llm)
+
+
+@pytest.mark.slow
+def test_who_outgrows_the_pool_and_is_preempted_is_prefilled_by_visits():
+    outputs, preempted, visitors, left = apart(grown)
+    assert preempted == 1 and visitors == 1 and not any(left.values()), left
+    assert len(outputs["grows"]["generated"][0]["tokens"]) == 1500
+    assert outputs["grows"]["prompt_tokens"] < 48 * 32 < 2200, "it fitted, and then it did not"
+    assert outputs["behind"]["generated"][0]["tokens"]
 
 
 def start_up(blocks):
