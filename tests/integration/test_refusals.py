@@ -15,6 +15,7 @@ vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from engine import MODEL  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.v1.engine import EngineCoreRequest  # noqa: E402
 
 from sentencekv_vllm.config import SentenceKVConfig  # noqa: E402
 from sentencekv_vllm.plugin import register  # noqa: E402
@@ -339,7 +340,7 @@ def test_a_sliding_window_model_is_refused(tmp_path):
         real(tmp_path, mistral)
 
 
-def arriving(prompt, monkeypatch, visiting=0, **params):
+def arriving(prompt, monkeypatch, visiting=0, images=None, **params):
     """A request in front of a pool of ten blocks; what is left of its parameters."""
     from vllm import SamplingParams
 
@@ -353,7 +354,7 @@ def arriving(prompt, monkeypatch, visiting=0, **params):
     capacity = request_limits.Capacity(320, visiting)
     monkeypatch.setattr(request_limits.Capacity, "of", lambda *_: capacity)
     params = SamplingParams(**params)
-    request = SimpleNamespace(prompt_token_ids=[1] * prompt, sampling_params=params)
+    request = EngineCoreRequest("", [1] * prompt, images, params, None, 0.0, None, None, None)
     request_limits.limit_request(config, request)
     return params
 
@@ -370,6 +371,8 @@ def test_prompts_that_never_fit_are_refused_with_the_numbers(monkeypatch):
     for off in ({"sentencekv": "off"}, {"sentencekv_policy": "full"}):
         with pytest.raises(VLLMValidationError, match="cannot leave the GPU.*at most 320 tokens"):
             arriving(321, monkeypatch, visiting=1000, extra_args=off)
+    with pytest.raises(VLLMValidationError, match="cannot leave the GPU.*at most 320 tokens"):
+        arriving(321, monkeypatch, visiting=1000, images=[object()])
 
 
 def test_an_answer_ends_where_the_memory_does(monkeypatch):
