@@ -18,7 +18,9 @@ class Admission:
     ) -> None:
         self._limits, self._pages = limits, pages
         self._copying, self._visiting = copying, visiting
-        self.line: dict[str, RequestState] = {}  # who waits for host pages, first come first
+        # Who can be served by visits only and waits for host pages, first come first: they are
+        # taken at once, and others that take them in small portions would always be faster.
+        self.line: dict[str, RequestState] = {}
         self.visitors = 0  # admitted so far
 
     def blocks(
@@ -47,35 +49,32 @@ class Admission:
         return needed + pool.promised
 
     def waits(self, state: RequestState, usable: int) -> bool:
-        """A waiting request needs host pages that are not there, or that others came first for.
+        """A waiting request needs host pages that are not there, or that a visitor came first for.
 
         Args:
             usable: blocks of the GPU pool.
         """
         if state.memory.admitted:
             return False
-        visits = self._visiting.never_fits(state, usable)
-        if not visits and not self._copying.takes_pages(state):
-            return False
-        if not visits:
+        if not self._visiting.never_fits(state, usable):
+            if not self._copying.takes_pages(state):
+                return False
             needed = self._copying.pages_at_admission(state)
-            waits = self._pages.num_free < needed <= self._pages.num_pages
-        elif self._copying.segmented(state, 0):
+            return bool(self.line) or self._pages.num_free < needed <= self._pages.num_pages
+        waits = next(iter(self.line), state.request_id) != state.request_id
+        if self._copying.segmented(state, 0):
             self._copying.fit_rows(state)
-            waits = self._pages.num_free < self._copying.all_pages(state)
+            waits = waits or self._pages.num_free < self._copying.all_pages(state)
         else:
             waits = True
-        waits = waits or next(iter(self.line), state.request_id) != state.request_id
         if waits:  # until it is admitted
             self.line.setdefault(state.request_id, state)
         return waits
 
     def steps_aside(self, state: RequestState, usable: int) -> bool:
-        """Others are admitted past the request: whoever is first in the line can be served by
-        visits only, which takes pages for all of its prompt at once."""
-        if self._limits.visit_room is None or not self.waits(state, usable):
-            return False
-        return self._visiting.never_fits(next(iter(self.line.values())), usable)
+        """Others are looked at although the request waits: the first of the line may be among
+        them, or it waits for pages of all of its prompt, which others do not need."""
+        return self.waits(state, usable) and bool(self.line)
 
     def reserve(self, state: RequestState) -> None:
         """At the first allocation: hold the prompt's pages, so that copy-out cannot fail."""

@@ -228,6 +228,8 @@ def test_a_crowd_of_them_is_served_and_leaves_nothing_behind():
 
 def limits():
     """What is refused at arrival, where answers end, and who is served behind them."""
+    from vllm.exceptions import VLLMValidationError
+
     llm = make_llm(
         {"min_context_tokens": 2048}, blocks=61, fits=False, max_model_len=4200,
         max_num_batched_tokens=CHUNK,
@@ -238,7 +240,7 @@ def limits():
     for options in (off, {"extra_args": {"sentencekv_policy": "full"}}):
         try:
             generate(llm, [long], greedy(4, **options))
-        except ValueError as error:
+        except VLLMValidationError as error:
             errors.append(str(error))
     forever = greedy(4000, stop=None, ignore_eos=True, logprobs=None)
     dense = greedy(4000, stop=None, ignore_eos=True, logprobs=None, **off)
