@@ -38,7 +38,7 @@ from sentencekv_vllm.types import Geometry, IndexKind, LayerPools, Reduce, Spars
 
 HEADS, GROUP, DIM = 8, 4, 128  # Llama-3.1-8B
 DTYPE = torch.bfloat16
-SINKS, RECENT, BUDGET = 32, 128, 1024  # tokens
+SINKS, RECENT, BUDGET = 32, 128, 512  # tokens
 SENTENCE = 28  # tokens, mean
 SHARPNESS = 2.0  # standard deviation of the logits
 WARM_UP = 4  # steps

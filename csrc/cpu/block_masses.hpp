@@ -15,13 +15,6 @@ namespace sentencekv::cpu {
 
 constexpr int64_t kChunkTokens = 1024;  // products of a chunk stay in the first-level cache
 
-// <levels, mean> of a page, exactly.
-inline int32_t mean_product(const int8_t* levels, const int8_t* mean, int64_t dim) {
-  int32_t sum = 0;
-  for (int64_t d = 0; d < dim; ++d) sum += static_cast<int16_t>(levels[d]) * mean[d];
-  return sum;
-}
-
 // Top and sum of a block: products [N] of its tokens, their factors, and the units of its mean.
 inline void block_mass(const int16_t* dots, const uint16_t* scales, float factor, int64_t n,
                        int32_t mean_units, int32_t* units, int32_t& top, int32_t& sum) {
@@ -87,7 +80,7 @@ void block_masses(const Pools& pools, const Attention& attention, const Request&
       const int64_t page = head_page(block + b);
       for (int64_t g = 0; g < group; ++g) {
         const int32_t product =
-            mean_product(query.mean_levels.data() + g * dim, pools.means + page * dim, dim);
+            byte_product(query.mean_levels.data() + g * dim, pools.means + page * dim, dim);
         const float mean_factor =
             (attention.unit * query.mean_steps.data()[g]) * pools.mean_scales[page];
         const int32_t mean_units = floor_units(mean_factor * static_cast<float>(product));

@@ -4,6 +4,7 @@
 // written for loops that the compiler vectorises.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 namespace sentencekv::cpu {
@@ -16,10 +17,9 @@ constexpr int32_t kSlope = 176300, kBend = 2847;  // of the parabola within an o
 
 // floor(clamp(x)), for any x but NaN.
 inline int32_t floor_units(float x) {
-  x = x < -kUnitLimit ? -kUnitLimit : x;
-  x = x > kUnitLimit ? kUnitLimit : x;
-  const auto whole = static_cast<int32_t>(x);
-  return whole - (static_cast<float>(whole) > x ? 1 : 0);
+  x = x > -kUnitLimit ? x : -kUnitLimit;
+  x = x < kUnitLimit ? x : kUnitLimit;
+  return static_cast<int32_t>(std::floor(x));
 }
 
 // kOne * 2^(-below / kUnits) for below >= 0.

@@ -123,7 +123,7 @@ class Runtime:
         self._prefetch = prefetch
         self._records = new_graph is not None
         self._copies = copies or copy_stream(self.device)
-        self._layout = layout
+        self.layout = layout
         self._key_offset = layout.keys.flatten().to(torch.int32)  # as `read_keys` takes it
         self.observations = Observations(
             geometry, num_slots, observation_window, caches[0].dtype, self.device
@@ -230,10 +230,10 @@ class Runtime:
                     )
                 for j, i in enumerate(estimated):
                     groups = GroupTokens(*places[3 * j : 3 * j + 3])
-                    write_mean_values(pools, spans[3 * i], groups, self._layout)
+                    write_mean_values(pools, spans[3 * i], groups, self.layout)
             settled = [u for u in message.updates if u.settled is not None]
             if settled:
-                settling = Settling(self.geometry, self._layout, self.observations, self.ops)
+                settling = Settling(self.geometry, self.layout, self.observations, self.ops)
                 for update in settled:
                     settling.add(update, self.tables)
                 for layer, pools in enumerate(self.pools.layers):
@@ -401,7 +401,7 @@ class Runtime:
             softcap: of the logits; 0: none.
         """
         if plan.estimates is not None:
-            attended = Attended(tables, plan.seq_lens, self._layout, lse, softcap)
+            attended = Attended(tables, plan.seq_lens, self.layout, lse, softcap)
             self.ops.estimate_unselected(
                 self.geometry,
                 self.pools.layers[layer],
