@@ -12,6 +12,7 @@ from typer.main import get_command
 
 from .. import __version__
 from .complaint import FAILED, MISUSED, complain_of_usage
+from .doctor import doctor
 from .wrapped import wrapping
 
 NAME = "sentencekv"
@@ -122,7 +123,9 @@ def _presets(
     return main([] if name is None else [name])
 
 
-COMMANDS = (*WRAPPED, "presets")
+app.command("doctor")(doctor)
+
+COMMANDS = (*WRAPPED, "presets", "doctor")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
