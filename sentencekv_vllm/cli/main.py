@@ -13,6 +13,7 @@ from typer.main import get_command
 from .. import __version__
 from .complaint import FAILED, MISUSED, complain_of_usage
 from .doctor import doctor
+from .plan import plan
 from .wrapped import wrapping
 
 NAME = "sentencekv"
@@ -124,8 +125,9 @@ def _presets(
 
 
 app.command("doctor")(doctor)
+app.command("plan")(plan)
 
-COMMANDS = (*WRAPPED, "presets", "doctor")
+COMMANDS = (*WRAPPED, "presets", "doctor", "plan")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
