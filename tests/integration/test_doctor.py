@@ -15,7 +15,6 @@ from sentencekv_vllm.in_force import in_force  # noqa: E402
 from sentencekv_vllm.plan.machine import GIB, Machine  # noqa: E402
 from sentencekv_vllm.plan.making import make_plan  # noqa: E402
 from sentencekv_vllm.plan.model_shape import read_model  # noqa: E402
-from sentencekv_vllm.plan.recommendation import arguments  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -46,24 +45,3 @@ def test_a_plan_has_the_sizes_that_the_engine_allocates_and_logs(ours):
     assert plan.resolved.host_pool_bytes == worker["host_bytes"]
     assert plan.resolved.index_bytes == worker["index_bytes"]
     assert in_force(plan.resolved) in ours["log"]
-
-
-def test_vllm_settles_the_recommended_configuration_as_planned(tmp_path):
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    from sentencekv_vllm.plan.recommendation import as_yaml
-    from sentencekv_vllm.vllm_glue.self_test import MODEL
-    from sentencekv_vllm.vllm_glue.setup import resolved_config
-
-    machine = Machine(GIB, GIB, kv_cache_bytes=GIB // 4)
-    plan = make_plan(read_model(str(MODEL), "auto"), machine, 16384, SentenceKVConfig(), 32)
-    file = tmp_path / "serve.yaml"
-    file.write_text(as_yaml(plan))
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    given = parser.parse_args(["--model", str(MODEL), "--config", str(file)])
-    config = AsyncEngineArgs.from_cli_args(given).create_engine_config()
-    assert config.attention_config.backend.name == "SENTENCEKV"
-    assert resolved_config(config) == plan.resolved
-    assert config.scheduler_config.max_num_seqs == arguments(plan)["max-num-seqs"]
-    assert config.model_config.max_model_len == 16384
