@@ -1,5 +1,5 @@
-# docker build -t sentencekv .
-# docker run --gpus all -p 8000:8000 sentencekv MODEL
+# docker build -t sentencekv-vllm .
+# docker run --gpus all -p 8000:8000 sentencekv-vllm MODEL
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 
 FROM python:3.12-slim AS wheel
@@ -14,7 +14,7 @@ RUN pip install --no-cache-dir /wheels/*.whl && rm -r /wheels
 
 # Outside the source: a folder named triton_kernels would take the name of Triton's package.
 RUN useradd --create-home --uid 1000 sentencekv
-USER sentencekv
+USER 1000
 WORKDIR /home/sentencekv
 ENV HF_HOME=/home/sentencekv/.cache/huggingface \
     SENTENCEKV_CACHE_DIR=/home/sentencekv/.cache/sentencekv_vllm

@@ -10,7 +10,7 @@ comma := ,
 # Missing, or older than pyproject.toml: install again.
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: install test lint demo bench guard
+.PHONY: install test lint demo bench guard site
 
 install: $(INSTALLED)
 
@@ -45,3 +45,8 @@ bench: install
 # make guard VLLM=vllm-0.33.0-...whl, or an unpacked wheel: what of it differs from what we lean on
 guard: install
 	$(BIN)/python -P -m sentencekv_vllm.vllm_glue.contract $(VLLM) $(GUARD_FLAGS)
+
+# The documents as a site in build/site; a link that leads nowhere fails it.
+site:
+	$(MAKE) install EXTRAS=docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

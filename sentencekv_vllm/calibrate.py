@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .cli.complaint import FAILED, MISUSED, complain
+from .cli.parser import Parser
 from .ops.basis_file import USER_TEXT, BasisFileError, basis_folder, read_basis, text_digest
 
+COMMAND = "sentencekv calibrate"
 LEAST_TOKENS = 512
 ENGINE = {
     "max_num_seqs": 1,
@@ -29,11 +31,9 @@ ENGINE = {
 SETTINGS = {"policy": "sentencekv", "min_context_tokens": 1, "host_pool_gib": 0.25}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    found = argparse.ArgumentParser(
-        prog="sentencekv calibrate", description=(__doc__ or "").partition("\n\n")[2]
-    )
+    found = Parser(prog=COMMAND, description=(__doc__ or "").partition("\n\n")[2])
     found.add_argument("model", help="as `vllm serve` takes it")
     found.add_argument(
         "--text", type=Path, required=True, help="a file in UTF-8, like your prompts"
@@ -120,8 +120,8 @@ def main(arguments: Sequence[str]) -> int:
         source = USER_TEXT + text_digest(check(options))
         before = files_of(source)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"sentencekv calibrate: {error}", file=sys.stderr)
-        return 2
+        complain(COMMAND, str(error))
+        return MISUSED
     if options.tensor_parallel_size == 1:  # what goes wrong is raised here, not in another process
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
@@ -129,16 +129,16 @@ def main(arguments: Sequence[str]) -> int:
     try:
         LLM(**engine_arguments(options))
     except Exception as error:  # the engine's, of any kind
-        print(f"sentencekv calibrate: {error}", file=sys.stderr)
-        return 1
+        complain(COMMAND, str(error))
+        return FAILED
     written = [path for path, when in files_of(source).items() if before.get(path) != when]
     if len(written) != options.tensor_parallel_size:
-        print(
-            f"sentencekv calibrate: {len(written)} of {options.tensor_parallel_size} files could "
-            f"be written to {basis_folder()}: see the warnings above",
-            file=sys.stderr,
+        complain(
+            COMMAND,
+            f"{len(written)} of {options.tensor_parallel_size} files could be written to "
+            f"{basis_folder()}: see the warnings above",
         )
-        return 1
+        return FAILED
     for path in written:
         print(f"{path}: {read_basis(path).tokens} tokens counted")
     return 0

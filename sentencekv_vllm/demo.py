@@ -9,7 +9,6 @@ The exit status is 0 if every sentencekv answer is right and KV blocks were rele
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 import tempfile
@@ -21,6 +20,8 @@ from typing import Any
 
 import yaml
 
+from .cli.complaint import FAILED, complain
+from .cli.parser import Parser
 from .evaluation.comparison import HEADER, Question, Round, report, row, succeeded
 from .evaluation.real import demo as real
 from .evaluation.recall_tasks import make_prompt
@@ -117,20 +118,39 @@ def _end_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
+def parser() -> Parser:
+    """The command line."""
+    found = Parser(
+        prog="sentencekv demo",
+        description="Ask two servers of a small model, sentencekv and stock attention, for "
+        "needles in long texts.",
+    )
+    found.add_argument(
+        "--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS", help="of the prompts"
+    )
+    found.add_argument(
+        "--depths",
+        type=float,
+        nargs="+",
+        default=DEPTHS,
+        metavar="SHARE",
+        help="where the needles are: 0 is the beginning of a text, 1 its end",
+    )
+    found.add_argument("--model", help="a real one: a folder, smollm2, qwen or gemma3")
+    found.add_argument("--tokens", type=int, default=2048, help="of its prompts")
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
-    parser.add_argument("--depths", type=float, nargs="+", default=DEPTHS, metavar="SHARE")
-    parser.add_argument("--model", help="a real one: a folder, smollm2, qwen or gemma3")
-    parser.add_argument("--tokens", type=int, default=2048, help="of its prompts")
-    options = parser.parse_args(arguments)
+    line = parser()
+    options = line.parse_args(arguments)
     if options.model:
         _end_on_sigterm()
         return real.run(options.model, options.tokens)
     longest = max(options.lengths)
     if longest > max(LENGTHS):
-        parser.error(f"the servers take prompts of at most {max(LENGTHS)} tokens, got {longest}")
+        line.error(f"the servers take prompts of at most {max(LENGTHS)} tokens, got {longest}")
     _end_on_sigterm()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -138,8 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             ours, stock = start(Path(folder), stack)
         except ServerError as error:
-            print(error, file=sys.stderr)
-            return 1
+            complain(line.prog, str(error))
+            return FAILED
         print(f"ready after {time.monotonic() - started:.0f} s\n")
         try:
             rounds = ask_all(ours, stock, options.lengths, options.depths)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from .bounds import shown
+from .cli.complaint import MISUSED, complain
 from .config import ConfigError, SentenceKVConfig, closest
 
 PACKAGE = Path(__file__).resolve().parent
@@ -68,8 +69,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         print(preset_path(arguments[0]) if arguments else "\n".join(preset_paths()))
     except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+        complain("sentencekv presets", str(error))
+        return MISUSED
     return 0
 
 

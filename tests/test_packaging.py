@@ -89,7 +89,9 @@ def test_base_requirements_never_bring_torch_or_vllm(wheel):
     metadata = Parser().parsestr(wheel.read(name).decode())
     assert (metadata["Name"], metadata["Version"]) == ("sentencekv-vllm", __version__)
     base = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
-    assert {r.split(">")[0].split("<")[0].lower() for r in base} == {"numpy", "pyyaml", "spacy"}
+    assert {r.split(">")[0].split("<")[0].lower() for r in base} == {
+        "numpy", "pyyaml", "rich", "spacy", "typer"
+    }  # fmt: skip
 
 
 def test_every_package_folder_is_listed():

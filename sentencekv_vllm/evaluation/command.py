@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 
+from ..cli.complaint import MISUSED, complain
 from . import engine_setup
 from .benchmark_files import BenchmarkFileError, check_lengths, load_problems
 from .engine import Engine
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["get-model"]:
         return models.main(given[1:])
-    options = parse(given, (__doc__ or "").partition("\n")[0])
+    options = parse(given)
     server = ", ".join(f"{name}={value}" for name, value in options.set)
     variants = make_variants(options.policies, options.budgets, options.ablation, server)
     try:
@@ -56,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problems = questions(options)
         _fill(options, results, problems, variants)
     except REFUSALS as error:
-        print(error, file=sys.stderr)
-        return 2
+        complain("sentencekv eval", str(error))
+        return MISUSED
     write_summary(options, results, problems, variants)
     return 0
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..cli.parser import Parser
 from ..presets import PACKAGE
 from . import run_presets
 from .benchmark_files import FORMATS
@@ -74,14 +75,20 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespace:
-    """Check the arguments; exits with a message where they contradict each other."""
-    parser = argparse.ArgumentParser(
+DESCRIPTION = (
+    "Ask tasks x policies x budgets x contexts on the served path, and compare accuracy, distance "
+    "from dense attention and traffic. An interrupted run goes on where it was."
+)
+
+
+def parser(description: str = DESCRIPTION) -> Parser:
+    """The command line."""
+    found = Parser(
         prog="sentencekv eval",
         description=description,
         epilog="sentencekv eval get-model --help: small pretrained models for --model",
     )
-    add = parser.add_argument
+    add = found.add_argument
     add("--preset", choices=PRESETS, help="options of evaluation.run_presets; others win")
     every = ",".join(ALL_TASKS)
     known = [*ALL_TASKS, *TEXT_TASKS, FAMILY, *REAL_TASKS, NO_TASKS]
@@ -114,7 +121,7 @@ def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespa
     add("--requests", type=int, default=16, help="most requests at a time")
     add("--processes", type=int, default=1, help="engines, one thread each")
     add("--minutes", type=float, help="stop asking after so long; a later run goes on")
-    engine = parser.add_argument_group("engine in this process")
+    engine = found.add_argument_group("Engine in this process")
     add = engine.add_argument
     add("--sinks", type=int, default=32, help="first tokens, part of the budget")
     add("--recent", type=int, default=32, help="last tokens, part of the budget")
@@ -135,25 +142,31 @@ def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespa
         metavar="NAME=VALUE",
         help="a setting of the backend; shown behind the names of the policies",
     )
+    return found
+
+
+def parse(arguments: Sequence[str] | None, description: str = DESCRIPTION) -> argparse.Namespace:
+    """Check the arguments; exits with a message where they contradict each other."""
+    line = parser(description)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    preset = parser.parse_args(given).preset
-    options = parser.parse_args([*(run_presets.arguments(preset) if preset else ()), *given])
+    preset = line.parse_args(given).preset
+    options = line.parse_args([*(run_presets.arguments(preset) if preset else ()), *given])
     if options.working_set is None:
         options.working_set = max(512, *options.budgets)
     texts = [task for task in options.tasks if task in (*TEXT_TASKS, *TEXTS)]
     if options.server and texts:
-        parser.error(f"{texts[0]} needs an engine in this process: leave out --server")
+        line.error(f"{texts[0]} needs an engine in this process: leave out --server")
     if options.server and options.kl:
-        parser.error("--kl needs an engine in this process: leave out --server")
+        line.error("--kl needs an engine in this process: leave out --server")
     if options.kl and DENSE not in options.policies:
-        parser.error(f"--kl measures the distance from {DENSE}: add it to --policies")
+        line.error(f"--kl measures the distance from {DENSE}: add it to --policies")
     if options.server and SESSION_TASK in options.tasks:
-        parser.error(f"{SESSION_TASK} needs an engine in this process: leave out --server, or it")
+        line.error(f"{SESSION_TASK} needs an engine in this process: leave out --server, or it")
     if options.server and set(QUESTIONS) & set(options.tasks) and options.model == str(MODEL):
-        parser.error(
+        line.error(
             f"{FAMILY} tasks are written in the chat template of --model: name the folder of the "
             "server's model"
         )
     if options.server and options.set:
-        parser.error("--set is for an engine in this process: give the server its own settings")
+        line.error("--set is for an engine in this process: give the server its own settings")
     return options

@@ -9,6 +9,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from engine import (  # noqa: E402
     BLOCK,
+    MODEL,
+    SETTINGS,
     apart,
     greedy,
     is_clean,
@@ -16,6 +18,11 @@ from engine import (  # noqa: E402
     make_llm,
     scheduler_of,
 )
+
+from sentencekv_vllm.config import SentenceKVConfig  # noqa: E402
+from sentencekv_vllm.plan.machine import GIB, Machine  # noqa: E402
+from sentencekv_vllm.plan.making import make_plan  # noqa: E402
+from sentencekv_vllm.plan.model_shape import read_model  # noqa: E402
 
 LENGTHS = (1000, 2000, 4000, 8000, 16000)
 
@@ -49,6 +56,10 @@ def held_in_decode():
 @pytest.mark.slow
 def test_a_sparse_request_holds_the_same_few_blocks_whatever_its_context():
     held, bound, clean = apart(held_in_decode)
+    model = read_model(MODEL, "auto")
+    machine = Machine(GIB, GIB, kv_cache_bytes=GIB)
+    need = make_plan(model, machine, 8000, SentenceKVConfig(**SETTINGS), BLOCK).need
+    assert need.sparse_blocks == bound and need.dense_blocks == 8000 // BLOCK, "what is planned"
     for length in LENGTHS:
         _, most, steps = held[length, "on"]
         # One more while the open sentence keeps the history's end back.

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import yaml
@@ -20,6 +21,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 openai = pytest.importorskip("openai", reason="the client is not installed")
 
 from engine import MODEL, SETTINGS, environment  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "deploy"))  # its `queries`
 
 from sentencekv_vllm.evaluation.recall_tasks import is_correct, make_prompt  # noqa: E402
 
@@ -250,6 +253,26 @@ def test_a_prompt_that_can_never_fit_is_refused_with_the_numbers(server, item):
     with pytest.raises(openai.BadRequestError, match="8192"):
         server.complete([5] * 9000, max_tokens=4)
     assert server.complete(item(60).prompt, max_tokens=4).choices[0].text
+
+
+def test_every_query_of_dashboard_and_rules_finds_a_series(server, item):
+    pytest.importorskip("promql_parser", reason="promql-parser is not installed")
+    from prometheus_client.parser import text_string_to_metric_families
+    from queries import queries, series
+
+    server.complete(item(65).prompt)
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    samples = [(s.name, s.labels) for family in families for s in family.samples]
+    # Its labels come with the first prompt that is segmented, and this server ranks blocks.
+    unlabelled = {f"{family.name}_total" for family in families if not family.samples}
+    assert unlabelled & {"vllm:sentencekv_segmented_total"} == unlabelled & {
+        name for query in queries().values() for name in {s.name for s in series(query)}
+    }
+    for where, query in queries().items():
+        for wanted in series(query):
+            if wanted.name.startswith("vllm:") and wanted.name not in unlabelled:
+                assert any(wanted.takes(*sample) for sample in samples), (where, wanted)
 
 
 def test_the_server_is_still_well(server, item):

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...cli.complaint import FAILED, complain
+from ...cli.parser import Parser
 from ...ops.build_cache import cache_dirs
 
 TOOLS = ("gguf==0.19.0", "accelerate==1.15.0", "psutil==7.2.2")
@@ -168,7 +170,7 @@ def _run(command: Sequence[str], environment: dict[str, str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the path of a model's folder; the exit status."""
     listed = "\n".join(f"  {name:13} {source.about}" for name, source in MODELS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sentencekv eval get-model",
         description=f"{__doc__}\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -179,8 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(get_model(options.name, options.folder))
     except ModelError as error:
-        print(error, file=sys.stderr)
-        return 1
+        complain(parser.prog, str(error))
+        return FAILED
     return 0
 
 

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All checks, in the order in which one explains the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .builds import builds
+from .finding import Finding, State
+from .memory import memory
+from .self_test import broken, self_test, skipped, start_ours
+from .serving import ProbeError, api_process, importable, registered, supported
+from .versions import versions
+
+
+def checkup(with_self_test: bool) -> Iterator[Finding]:
+    """Findings as they come; the self test takes most of the time (two engines start)."""
+    installed = versions()
+    yield from installed
+    if any(f.state is State.BROKEN and f.name in ("torch", "vllm") for f in installed):
+        return
+    ours: dict[str, Any] | None = None
+    failure: ProbeError | None = None
+    try:
+        if with_self_test:
+            ours = start_ours()
+    except ProbeError as error:
+        failure = error
+    try:
+        facts = ours["api"] if ours else api_process()
+    except ProbeError as error:
+        yield importable(error)
+        return
+    yield supported(facts)
+    yield registered("API", facts)
+    yield from builds(facts["cuda"])
+    yield from memory(facts["cuda"])
+    if ours is not None:
+        yield from self_test(ours)
+    else:
+        yield from [broken(failure)] if failure else skipped()
