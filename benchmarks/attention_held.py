@@ -2,8 +2,10 @@
 """How much of the attention a served decode step reads, on a real model, and which lookups.
 
 For every sparse step, layer and KV head: the true share of the attention on what is read, the
-index's own estimate of it (`coverage`), and of the history tokens with more than a fifth of a
-head group's attention the share whose block is selected. Keys are those of the served pages.
+share that exact keys would have read with as many blocks, without retention (`best`), the index's
+own estimate (`coverage`) and its mean distance from the truth, and of the history tokens with more
+than a fifth of a head group's attention the share whose block is selected. Keys are those of the
+served pages.
 
     python -P benchmarks/attention_held.py FOLDER/qwen-0.5b --tokens 4096 --budgets 160 256 512
 """
@@ -57,8 +59,8 @@ def main() -> None:
     runtime = get_kv_transfer_group().runtime
     sources = Sources(args.model, args.text_folder, args.code_folder)
     names = [name if name.startswith("real/") else f"real/{name}" for name in args.tasks]
-    print("| task | budget | attention | estimate | distance | lookups | found | hit rate |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| task | budget | attention | best | estimate | distance | lookups | found | hit rate |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for problems in real_problems(sources, names, [args.tokens], args.items, args.seed):
         prompts = [problem.make(engine.count_tokens).prompt for problem in problems]
         for budget in args.budgets:
@@ -69,12 +71,13 @@ def main() -> None:
             requests = [Request(prompt, args.answer_tokens, options) for prompt in prompts]
             with watching(runtime, runtime.layout) as held:
                 done = [engine.complete([request])[0] for request in requests]
-            share, estimate, gap, found = held.means()
+            means = held.means()
             hits = sum(answer.summary["hits"] for answer in done)
             misses = sum(answer.summary["misses"] for answer in done)
             print(
-                f"| {problems[0].cell.task} | {budget} | {share:.3f} | {estimate:.3f} | {gap:.3f} "
-                f"| {held.lookups} | {found:.3f} | {hits / max(hits + misses, 1):.3f} |",
+                f"| {problems[0].cell.task} | {budget} | {means.share:.3f} | {means.best:.3f} "
+                f"| {means.estimate:.3f} | {means.gap:.3f} | {held.lookups} | {means.found:.3f} "
+                f"| {hits / max(hits + misses, 1):.3f} |",
                 flush=True,
             )
 

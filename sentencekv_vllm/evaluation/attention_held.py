@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,16 @@ LOOKUP = 0.2
 """A token of the history is looked up where it has more than this share of a group's attention."""
 
 
+class Means(NamedTuple):
+    """Over rows; see `Held`."""
+
+    share: float
+    best: float
+    estimate: float
+    gap: float
+    found: float  # NaN: nothing was looked up
+
+
 @dataclass
 class Held:
     """Sums over requests, steps and layers."""
@@ -34,15 +44,21 @@ class Held:
     rows: int = 0  # request, step, layer
     share: float = 0.0  # of the attention, mean over heads
     estimate: float = 0.0  # the same, as `coverage` tells it
+    best: float = 0.0  # the share, had exact keys chosen as many blocks by their mass
     gap: float = 0.0  # |share - estimate|
     lookups: int = 0
     found: int = 0  # of them, in a block that was selected
     layers: set[int] = field(default_factory=set)
 
-    def means(self) -> tuple[float, float, float, float]:
-        """Share, estimate, mean distance between them, share of lookups found (NaN: none)."""
+    def means(self) -> Means:
         rows, lookups = max(self.rows, 1), self.lookups or float("nan")
-        return self.share / rows, self.estimate / rows, self.gap / rows, self.found / lookups
+        return Means(
+            self.share / rows,
+            self.best / rows,
+            self.estimate / rows,
+            self.gap / rows,
+            self.found / lookups,
+        )
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,7 @@ class Truth:
     """Of one request in one layer."""
 
     share: Tensor  # [H] of the attention on what was read, mean over the group
+    best: Tensor  # [H] the largest that so many blocks of the history allow
     lookups: Tensor  # [H] int64
     found: Tensor  # [H] int64
 
@@ -92,9 +109,12 @@ def truth(
         total = attended.logaddexp(unread.flatten(2).logsumexp(-1))
         probability = (logits - total[..., None, None]).exp().mean(1)  # [H, n, N]
         looked_up = probability > LOOKUP
+        masses = probability.sum(-1)  # [H, n]
+        chosen = masses.topk(int(batch.budget_blocks[s])).values
         found.append(
             Truth(
                 (attended - total).exp().mean(1),
+                1 - masses.sum(-1) + chosen.sum(-1),
                 looked_up.sum((1, 2)),
                 (looked_up & taken[..., None]).sum((1, 2)),
             )
@@ -120,6 +140,7 @@ def watching(runtime: Runtime, layout: TokenLayout) -> Iterator[Held]:
             share, estimate = float(one.share.mean()), float(estimates[s])
             held.rows += 1
             held.share += share
+            held.best += float(one.best.mean())
             held.estimate += estimate
             held.gap += abs(share - estimate)
             held.lookups += int(one.lookups.sum())
