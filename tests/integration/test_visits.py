@@ -79,7 +79,11 @@ def smallest(llm, tokens):
 
 
 def serve(blocks, lengths=LENGTHS, poisoned=False, staged=True, decode=24, settings=(), **engine):
-    """Prompts together, in a pool of `blocks`; what they returned, and what was seen."""
+    """Prompts in a pool of `blocks`; what they returned, and what was seen.
+
+    One after the other, each without what is cached of the others: vLLM's matrix products depend
+    on what else is in the batch, and who else is in it on the pool.
+    """
     import sentencekv_vllm.worker.visits as visits
 
     if not staged:
@@ -91,7 +95,10 @@ def serve(blocks, lengths=LENGTHS, poisoned=False, staged=True, decode=24, setti
         Poison(llm)
     items = make_items(llm, lengths)
     params = greedy(decode, stop=None, ignore_eos=True)
-    outputs = generate(llm, [item.prompt for item in items], params)
+    outputs = []
+    for item in items:
+        outputs += generate(llm, [item.prompt], params)
+        llm.reset_prefix_cache()
     seen = {
         "visitors": ledger_of(llm).admission.visitors,
         "visits": watch.visits,
