@@ -79,7 +79,11 @@ def smallest(llm, tokens):
 
 
 def serve(blocks, lengths=LENGTHS, poisoned=False, staged=True, decode=24, settings=(), **engine):
-    """Prompts together, in a pool of `blocks`; what they returned, and what was seen."""
+    """Prompts in a pool of `blocks`; what they returned, and what was seen.
+
+    One after the other, each without what is cached of the others: vLLM's matrix products depend
+    on what else is in the batch, and who else is in it on the pool.
+    """
     import sentencekv_vllm.worker.visits as visits
 
     if not staged:
@@ -91,7 +95,10 @@ def serve(blocks, lengths=LENGTHS, poisoned=False, staged=True, decode=24, setti
         Poison(llm)
     items = make_items(llm, lengths)
     params = greedy(decode, stop=None, ignore_eos=True)
-    outputs = generate(llm, [item.prompt for item in items], params)
+    outputs = []
+    for item in items:
+        outputs += generate(llm, [item.prompt], params)
+        llm.reset_prefix_cache()
     seen = {
         "visitors": ledger_of(llm).admission.visitors,
         "visits": watch.visits,
@@ -112,10 +119,10 @@ def alike(small, large):
         assert a["generated"] == b["generated"]
 
 
-CASES = {
+CASES = {  # chunks of whole blocks: a resident's copies then keep up, as a visitor's always do
     "chunks of 256": {},
     "chunks of 512": {"max_num_batched_tokens": 512},
-    "chunks of 200, blocks of 128": {"max_num_batched_tokens": 200, "block_size": 128},
+    "chunks of 384, blocks of 128": {"max_num_batched_tokens": 384, "block_size": 128},
     "without prefix caching": {"enable_prefix_caching": False},
     "float32": {"dtype": "float32"},
     "float16": {"dtype": "float16"},

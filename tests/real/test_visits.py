@@ -17,7 +17,7 @@ TOKENS, BLOCK = 2400, 32
 
 def answer(model: str, text: str, blocks: int):
     """What the model says about a text, its pool's smallest size, and what was seen."""
-    settings = {"token_budget": 160, "working_set_tokens": 96}
+    settings = {"token_budget": 160, "working_set_tokens": 96, "calibration": False}
     llm = make_llm(
         settings,
         blocks=blocks,
@@ -38,9 +38,9 @@ def test_a_real_models_prompt_of_four_pools(smollm2):
     if not DOCS.is_dir():
         pytest.skip("no docs folder beside the tests: the prompt is their text")
     text = "\n".join(page.read_text() for page in sorted(DOCS.glob("*.md")))
-    large, floor, visitors, _ = apart(answer, str(smollm2), text, 100)
+    large, floor, visitors, _ = apart(answer, str(smollm2), text, 100, timeout_s=900)
     assert large["told"]["mode"] == "sparse" and visitors == 0
-    small, _, visitors, left = apart(answer, str(smollm2), text, floor + 1)
+    small, _, visitors, left = apart(answer, str(smollm2), text, floor + 1, timeout_s=900)
     assert visitors == 1 and not any(left.values()), left
     assert small["prompt_tokens"] == TOKENS > 4 * floor * BLOCK
     assert small["generated"] == large["generated"], "bit for bit"
