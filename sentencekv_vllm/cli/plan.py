@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ..plan.machine import DEVICE_BANDWIDTH, LINK_BANDWIDTH
 from .complaint import MISUSED, complain
 
-DEVICE_GBS, LINK_GBS = 4800.0, 50.0
+GB = 1e9
 
 
 def plan(
@@ -37,10 +38,10 @@ def plan(
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV block.")] = 32,
     device_bandwidth: Annotated[
         float, typer.Option(min=1, help="GB/s of the GPU's memory; default: an H200's.")
-    ] = DEVICE_GBS,
+    ] = DEVICE_BANDWIDTH / GB,
     link_bandwidth: Annotated[
         float, typer.Option(min=0.1, help="GB/s from host to GPU; default: measured on an H200.")
-    ] = LINK_GBS,
+    ] = LINK_BANDWIDTH / GB,
     as_json: Annotated[
         bool, typer.Option("--json", help="All numbers as one JSON object.")
     ] = False,
@@ -79,8 +80,8 @@ def plan(
             host_bytes=host,
             tensor_parallel=tensor_parallel,
             kv_cache_bytes=None if kv_cache_gib is None else int(kv_cache_gib * GIB),
-            device_bandwidth=1e9 * device_bandwidth,
-            link_bandwidth=1e9 * link_bandwidth,
+            device_bandwidth=GB * device_bandwidth,
+            link_bandwidth=GB * link_bandwidth,
         )
         length = min(shape.max_context, 32768) if context is None else context
         made = make_plan(shape, machine, length, config, block_size)
