@@ -89,6 +89,9 @@ class SentenceKVConfig:
 
     on_pool_full: str = _option("dense", choices=("dense", "wait"))
     """Without host pages: what has none stays on the GPU, or the request waits for admission."""
+    visits: bool = _option(True)
+    """A prompt that does not fit on the GPU is prefilled all the same: its history waits in the
+    swap pool and visits the GPU, one layer at a time, for each chunk. False: it is refused."""
     stay_dense_when_covered: bool = _option(True)
     """False: a history that the budget covers runs through the sparse path all the same,
     which shows that the path is exact."""

@@ -84,6 +84,7 @@ class RequestUpdate:
     sentence_ends: Int32s  # ends of newly sealed sentences, exclusive
     private_blocks: list[int] | None  # the working set, when it has been drawn
     settled: SettledPrompt | None = None
+    staging: list[int] | None = None  # private blocks that its history visits, once drawn
     last_query: int = -1  # with the working set: place of the prompt's last query, or -1: not kept
 
 
@@ -125,6 +126,17 @@ class ObservedRows:
 
 
 @dataclass(frozen=True)
+class VisitRows:
+    """Dense rows of a step whose history is on the host only, column by column."""
+
+    slots: Int32s  # [n]
+    tail_blocks: Int32s  # [n] block that the row's last token is written to
+    lost_lo: Int32s  # [n] blocks [lost_lo, lost_hi) have a host page and no GPU block
+    lost_hi: Int32s  # [n]
+    request_ids: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class StepMessage:
     """Scheduler to worker."""
 
@@ -134,6 +146,7 @@ class StepMessage:
     sparse: SparseRows | None = None
     frees: bool = False  # blocks that were copied out now or earlier may be written from now on
     observed: ObservedRows | None = None
+    visits: VisitRows | None = None
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from .score_blocks import UNITS, BlockMasses, exp2_units
 
 WEIGHT_SHIFT = 10  # bits of a weight that are dropped, so that their sum fits 64
 PROBABILITY_BITS = 30  # a group's probabilities add up to at most 2 ** 30
-MAX_RETENTION = 60.0
+FACTOR_CAP = 60.0
 
 
 def retention_factor(retention: float) -> float:
     """What a block that was selected at the step before has its probability multiplied by."""
-    return math.exp(min(retention, MAX_RETENTION))
+    return math.exp(min(retention, FACTOR_CAP))
 
 
 def probability_shift(group_size: int) -> int:

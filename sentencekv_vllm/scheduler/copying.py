@@ -24,6 +24,7 @@ class Copying:
         self._limits, self._pages = limits, pages
         self._segmentation, self._slots = segmentation, slots
         self._quota = limits.copy_blocks_per_step
+        self.coarsened = 0  # requests whose short sentences were joined
 
     def new_step(self) -> None:
         self._quota = self._limits.copy_blocks_per_step
@@ -44,9 +45,10 @@ class Copying:
         return True
 
     def copy_out(self, state: RequestState, processed: int, blocks: Sequence[Block]) -> None:
+        """Order the copies of full blocks that have none yet, as many as the step allows."""
         n, memory = self._limits.block_size, state.memory
         first = len(memory.pages)
-        count = min(processed // n - first, self._quota)
+        count = self._allowed(memory, processed // n - first)
         if count <= 0:
             return
         known = state.ends
@@ -68,10 +70,14 @@ class Copying:
             return
         if state.reason is Reason.HOST_POOL_FULL:
             state.reason = Reason.COPYING
-        self._quota -= count
+        self._quota = max(0, self._quota - count)
         memory.pages += taken[:count]
         memory.row_pages += taken
         state.unsent.block_ids += [b.block_id for b in blocks[first : first + count]]
+
+    def _allowed(self, memory: Memory, backlog: int) -> int:
+        """Blocks to copy now: the quota spreads bursts, but a visitor's memory depends on it."""
+        return backlog if memory.visits else min(backlog, self._quota)
 
     def _seal(self, state: RequestState, processed: int) -> None:
         """End the groups that tokens without one have completed."""
@@ -92,14 +98,38 @@ class Copying:
         del memory.reserved[:count]
         return held + taken
 
-    def pages_at_admission(self, state: RequestState | None) -> int:
-        if not self._limits.wait_for_pages or state is None or state.options is None:
+    def takes_pages(self, state: RequestState) -> bool:
+        """A request that may be resident: it will be copied out."""
+        long_enough = state.request.num_prompt_tokens >= self._limits.min_context_tokens
+        wanted = state.options is not None and not state.compacts and not state.short_answer
+        return wanted and long_enough
+
+    def pages_at_admission(self, state: RequestState) -> int:
+        """Host pages that a request waits for before it is admitted."""
+        memory = state.memory
+        if not self._limits.wait_for_pages or memory.reserved or memory.pages:
             return 0
-        if state.compacts:
+        if not self.takes_pages(state):
             return 0
         prompt = state.request.num_prompt_tokens
-        if prompt < self._limits.min_context_tokens or state.memory.reserved or state.memory.pages:
-            return 0
         # While spaCy is at work, one page a block; the sentences' rows may take a few more.
         sentences = len(state.ends) if self.segmented(state, processed=0) else 0
         return max(prompt // self._limits.block_size, -(-sentences // self._limits.rows_per_page))
+
+    def all_pages(self, state: RequestState) -> int:
+        """Host pages that a visitor needs for its prefill; its sentences are known."""
+        blocks = state.request.num_tokens // self._limits.block_size
+        count, m = np.arange(1, blocks + 1), self._limits.rows_per_page
+        rows = np.searchsorted(state.ends, count * self._limits.block_size, side="right")
+        # Pages for sentence rows alone, in the worst of all orders of copies.
+        return blocks + int(np.max(-(-rows // m) - count, initial=0))
+
+    def fit_rows(self, state: RequestState) -> None:
+        """Join short sentences of a visitor where the whole swap pool has too few rows for them:
+        afterwards a page a block is enough."""
+        blocks = state.request.num_tokens // self._limits.block_size
+        if blocks <= self._pages.num_pages < self.all_pages(state):
+            width = -(-self._limits.block_size // self._limits.rows_per_page)
+            places = (state.ends - 1) // width  # one end in each stretch of a row's tokens
+            state.ends = state.ends[np.append(np.diff(places) > 0, True)]
+            self.coarsened += 1

@@ -12,17 +12,19 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from ..messages import StepMessage, StepReport
+from ..messages import StepMessage, StepReport, VisitRows
 from ..types import QueryKind
+from .admission import Admission
 from .copying import Copying
 from .limits import Limits
-from .outbox import has_news, observed_rows, sparse_rows, take_update
+from .outbox import has_news, observed_rows, sparse_rows, take_update, visit_rows
 from .page_pool import PagePool
 from .protocols import Block, Segmentation
 from .reasons import Reason
 from .request_state import Memory, RequestState, Unsent
 from .slots import Slots
 from .turning import Turning
+from .visiting import FreeBlocks, Visiting
 
 
 class Ledger:
@@ -37,6 +39,8 @@ class Ledger:
         self.slots = Slots(limits.num_slots)
         self._copying = Copying(limits, pages, segmentation, self.slots)
         self._turning = Turning(limits)
+        self._visiting = Visiting(limits, self._copying, self._turning)
+        self.admission = Admission(limits, pages, self._copying, self._visiting)
         self._watched: set[str] = set()  # requests whose last prompt queries are kept
         self._frees = False
         self._short = self._short_next = False  # of GPU blocks: since the last step, in this one
@@ -45,6 +49,10 @@ class Ledger:
     @property
     def blocks_released(self) -> int:
         return self._turning.blocks_released
+
+    @property
+    def joined_sentences(self) -> int:
+        return self._copying.coarsened
 
     # Lifecycle ------------------------------------------------------------------------
 
@@ -61,6 +69,7 @@ class Ledger:
         memory = state.memory
         self.pages.give(memory.row_pages + memory.reserved)
         self.slots.drop(state)
+        self.admission.end(state)
         state.memory, state.unsent = Memory(), Unsent()
         if state.request.is_finished():
             self.forget(request_id)
@@ -71,6 +80,7 @@ class Ledger:
         if state is not None:
             assert state.memory.slot < 0, "release comes first"
             self._watched.discard(request_id)
+            self.admission.end(state)
             self.segmentation.drop(request_id)
             self.finished[state.mode] += 1
 
@@ -100,9 +110,8 @@ class Ledger:
         state = self.states.get(request_id)
         if state is None or state.options is None or state.request.is_finished():
             return None
-        # Only a prompt's tokens vote, so a short one does not turn sparse by growing.
-        grown = processed if state.settlement is None else 0
-        if max(state.request.num_prompt_tokens, grown) < self.limits.min_context_tokens:
+        visits = state.memory.visits
+        if not visits and not self._may_turn_sparse(state, processed):
             return None
         if not self._copying.segmented(state, processed):
             state.reason = Reason.SEGMENTING
@@ -117,20 +126,36 @@ class Ledger:
             freed = self._turning.turn_sparse(
                 state, processed, blocks, num_free_blocks, self._short
             )
+            if visits and not state.memory.sparse:
+                freed = self._visiting.leave(state, processed)
+        if state.memory.sparse:
+            self._visiting.turned_sparse(state)
         self._frees |= freed is not None
         return freed
 
     def missing_private_blocks(self, request_id: str) -> int:
-        """Blocks to draw for the working set of a request that has just turned sparse."""
+        """Blocks to draw: the staging of a visitor that has been admitted, the working set of a
+        request that has just turned sparse."""
         state = self.states.get(request_id)
-        if state is None or not state.memory.sparse or state.memory.private:
+        if state is None or state.memory.private:
+            return 0
+        if state.memory.visits:
+            return self._visiting.missing_blocks(state)
+        if not state.memory.sparse:
             return 0
         return self._turning.working_set(state, state.memory.history_hi - state.memory.history_lo)
 
     def set_private_blocks(self, request_id: str, block_ids: list[int]) -> None:
         state = self.states[request_id]
-        state.memory.private = block_ids
-        state.unsent.private = True
+        if state.memory.visits:
+            state.memory.staging, state.unsent.staging = block_ids, True
+        else:
+            state.memory.private, state.unsent.private = block_ids, True
+
+    def private_blocks(self, request_id: str) -> int:
+        """Private blocks that a request has a use for."""
+        state = self.states.get(request_id)
+        return 0 if state is None else len(state.memory.staging or state.memory.private)
 
     def exact_tokens(self, request_id: str, num_tokens: int) -> int:
         """How many of `num_tokens` may enter the prefix cache: approximate KV never does."""
@@ -146,18 +171,53 @@ class Ledger:
             return num_tokens
         return min(num_tokens, state.voting_from)
 
-    def must_wait(self, request_id: str) -> bool:
-        """At admission, with `on_pool_full: wait`: the host pages are not there yet."""
-        needed = self._copying.pages_at_admission(self.states.get(request_id))
-        return self.pages.num_free < needed <= self.pages.num_pages
+    def reusable_blocks(self, request_id: str, found_blocks: int, pool: FreeBlocks) -> int:
+        """How many blocks of the prefix cache may be taken: they must fit beside a visitor's."""
+        state = self.states.get(request_id)
+        if state is None or not self._visiting.never_fits(state, pool.usable):
+            return found_blocks
+        return min(found_blocks, self._visiting.reusable_blocks(state, pool))
+
+    # Admission --------------------------------------------------------------------------
+
+    def free_blocks(
+        self, request_id: str, free: int, usable: int, held: Callable[[str], int]
+    ) -> FreeBlocks:
+        """vLLM's pool as a waiting request sees it.
+
+        Args:
+            free, usable: blocks that are free, and all of them.
+            held: blocks in a request's table, nulls included, and private ones.
+        """
+        promised = self._visiting.promised(request_id, held)
+        return FreeBlocks(free, promised, self._visiting.undrawn(held), usable)
+
+    def promised_to_others(self, request_id: str, held: Callable[[str], int]) -> int:
+        """GPU blocks that a running request leaves to visitors; these have a promise themselves,
+        and all promises can be kept."""
+        if request_id in self._visiting.admitted:
+            return 0
+        return self._visiting.promised(request_id, held)
+
+    def blocks_at_admission(
+        self, request_id: str, needed: int, found_blocks: int, pool: FreeBlocks
+    ) -> int | None:
+        """See `Admission.blocks`."""
+        state = self.states.get(request_id)
+        if state is None:
+            return needed + pool.promised
+        return self.admission.blocks(state, needed, found_blocks, pool)
+
+    def steps_aside(self, request_id: str, usable: int) -> bool:
+        """See `Admission.steps_aside`."""
+        state = self.states.get(request_id)
+        return state is not None and self.admission.steps_aside(state, usable)
 
     def reserve(self, request_id: str) -> None:
-        """At the first allocation: hold the prompt's pages, so that copy-out cannot fail."""
-        needed = self._copying.pages_at_admission(self.states.get(request_id))
-        if 0 < needed <= self.pages.num_free:
-            taken = self.pages.take(needed)
-            assert taken is not None
-            self.states[request_id].memory.reserved = taken
+        """See `Admission.reserve`."""
+        state = self.states.get(request_id)
+        if state is not None:
+            self.admission.reserve(state)
 
     # Messages ---------------------------------------------------------------------------
 
@@ -189,9 +249,10 @@ class Ledger:
         for state, _ in rows:
             state.sparse_steps += 1
             state.memory.decoded_sparse = True
+        visits = self._visit_rows(scheduled, num_scheduled or {}, block_id)
         sparse = sparse_rows(rows, restarts, block_id, self.limits.block_size) if rows else None
         observed = observed_rows(watched, block_id, self.limits.block_size) if watched else None
-        return StepMessage(self._step, dropped, updates, sparse, frees, observed)
+        return StepMessage(self._step, dropped, updates, sparse, frees, observed, visits)
 
     def report(self, report: StepReport) -> None:
         """Book what the workers found in a step."""
@@ -219,6 +280,28 @@ class Ledger:
 
     # Internals --------------------------------------------------------------------------
 
+    def _may_turn_sparse(self, state: RequestState, processed: int) -> bool:
+        if state.short_answer:
+            return False
+        # Only a prompt's tokens vote, so a short one does not turn sparse by growing.
+        grown = processed if state.settlement is None else 0
+        return max(state.request.num_prompt_tokens, grown) >= self.limits.min_context_tokens
+
+    def _visit_rows(
+        self,
+        scheduled: Mapping[str, int],
+        num_scheduled: Mapping[str, int],
+        block_id: Callable[[str, int], int],
+    ) -> VisitRows | None:
+        rows = [
+            (state, scheduled[request_id] + num_scheduled[request_id])
+            for request_id, state in self._visiting.admitted.items()
+            if request_id in num_scheduled and state.memory.lost > self.limits.sink_blocks
+        ]
+        if not rows:
+            return None
+        return visit_rows(rows, block_id, self.limits.block_size, self.limits.sink_blocks)
+
     def _observe(
         self, scheduled: Mapping[str, int], num_scheduled: Mapping[str, int]
     ) -> list[tuple[RequestState, int, int]]:
@@ -233,7 +316,7 @@ class Ledger:
             state = self.states[request_id]
             prompt, start = state.request.num_prompt_tokens, scheduled[request_id]
             first, last = max(start, state.watched_from), min(start + count, prompt)
-            if first >= last or prompt < self.limits.min_context_tokens:
+            if first >= last or not self._may_turn_sparse(state, 0):
                 continue
             if state.memory.slot >= 0 or self.slots.track(state):
                 state.memory.observed += last - first

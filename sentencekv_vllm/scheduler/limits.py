@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .visit_room import VisitRoom
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -23,3 +25,4 @@ class Limits:
     min_context_tokens_with_room: int = 0  # below it, dense while there is room
     roomy_blocks: int = 0  # what must be free for that, beside what is asked for
     exact_pages: bool = True  # host pages are byte copies
+    visit_room: VisitRoom | None = None  # None: a prompt must fit on the GPU as a whole

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from ..messages import Int32s, ObservedRows, RequestUpdate, SparseRows
+from ..messages import Int32s, ObservedRows, RequestUpdate, SparseRows, VisitRows
 from .request_state import RequestState, Unsent
 
 
 def has_news(state: RequestState) -> bool:
     """The workers have to be told something about the request."""
     unsent = state.unsent
-    return bool(unsent.block_ids) or unsent.private or unsent.settled is not None
+    return bool(unsent.block_ids) or unsent.private or unsent.staging or unsent.settled is not None
 
 
 def take_update(state: RequestState) -> RequestUpdate:
@@ -29,6 +29,7 @@ def take_update(state: RequestState) -> RequestUpdate:
         sentence_ends=state.ends[unsent.sentences :],
         private_blocks=memory.private if unsent.private else None,
         settled=unsent.settled,
+        staging=memory.staging if unsent.staging else None,
         last_query=memory.last_query if unsent.private else -1,
     )
     state.unsent = Unsent(
@@ -97,4 +98,30 @@ def observed_rows(
             first - s.watched_from for (first, _), (s, _, _) in zip(spans, rows, strict=True)
         ),
         request_ids=[s.request_id for s, _, _ in rows],
+    )
+
+
+def visit_rows(
+    rows: Sequence[tuple[RequestState, int]],
+    block_id: Callable[[str, int], int],
+    block_size: int,
+    sink_blocks: int,
+) -> VisitRows:
+    """Columns of the rows of a step whose history is on the host.
+
+    Args:
+        rows: visitors with the end of the tokens that the step computes.
+        block_id, block_size: as in `sparse_rows`.
+        sink_blocks: what lies before the history.
+    """
+
+    def column(values: Iterable[int]) -> Int32s:
+        return np.fromiter(values, np.int32, len(rows))
+
+    return VisitRows(
+        slots=column(s.memory.slot for s, _ in rows),
+        tail_blocks=column(block_id(s.request_id, (e - 1) // block_size) for s, e in rows),
+        lost_lo=column(sink_blocks for _ in rows),
+        lost_hi=column(s.memory.lost for s, _ in rows),
+        request_ids=[s.request_id for s, _ in rows],
     )

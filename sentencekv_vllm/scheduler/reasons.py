@@ -13,6 +13,7 @@ class Reason(StrEnum):
     SWITCHED_OFF = "switched_off"  # the request asked for it
     POLICY_FULL = "policy_full"
     SHORT_CONTEXT = "short_context"  # below min_context_tokens
+    SHORT_ANSWER = "short_answer"  # the first token is the last: copies would be for nobody
     BUDGET_COVERS = "budget_covers"  # the budget covers the history: nothing to leave out
     SEGMENTING = "segmenting"  # sentence spans are not there yet
     COPYING = "copying"  # the prefill or the copy of the history was not complete

@@ -39,6 +39,11 @@ class Memory:
     row_pages: list[int] = field(default_factory=list)  # `pages`, and some for their rows only
     reserved: list[int] = field(default_factory=list)  # taken at admission, not used yet
     private: list[int] = field(default_factory=list)  # the working set's blocks
+    admitted: bool = False  # has its first blocks, and the pages that were reserved
+    visits: bool = False  # the prompt's history leaves during the prefill and visits
+    most_blocks: int = 0  # of the GPU, until the prefill has ended
+    lost: int = 0  # a visitor's blocks from the sinks up to here are on the host only
+    staging: list[int] = field(default_factory=list)  # of a visitor: private blocks
     sparse: bool = False
     history_lo: int = 0
     history_hi: int = 0
@@ -58,6 +63,7 @@ class Unsent:
     row_pages: int = 0
     sentences: int = 0
     private: bool = False
+    staging: bool = False
     settled: SettledPrompt | None = None
 
 
@@ -75,6 +81,7 @@ class RequestState:
     segmentation: str = "none"  # none | submitted | done
     memory: Memory = field(default_factory=Memory)
     unsent: Unsent = field(default_factory=Unsent)
+    short_answer: bool = False  # no step follows the prefill
     warm_start: bool = False  # the workers keep the query of the prompt's last token
     sparse_steps: int = 0
     blocks_released: int = 0

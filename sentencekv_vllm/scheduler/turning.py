@@ -54,6 +54,8 @@ class Turning:
         # the end of the prefill.
         if processed < max(request.num_prompt_tokens, request.num_tokens - 1):
             return None
+        if memory.visits:  # the history is gone already: there is nothing to weigh
+            return self._turn_visitor(state, processed)
         if processed < self._limits.min_context_tokens_with_room and not short:
             state.reason = Reason.ROOM
             return None
@@ -83,9 +85,22 @@ class Turning:
                 options.budget_blocks,
                 options.layer_blocks,
             )
-        self._note_released(state, exclusive)
+        self.note_released(state, exclusive)
         self._note_exactness(state, processed)
         return lo, hi
+
+    def _turn_visitor(self, state: RequestState, processed: int) -> tuple[int, int] | None:
+        memory, lo, hi = state.memory, self._limits.sink_blocks, self.history_end(state, processed)
+        if hi == lo or memory.slot < 0:
+            return None
+        assert hi >= memory.lost, "history never shrinks"
+        memory.sparse, memory.history_lo, memory.history_hi = True, lo, hi
+        kept = self.working_set(state, hi - lo)
+        memory.private, memory.staging = memory.staging[:kept], []
+        state.unsent.private, state.unsent.staging = True, False
+        self.note_released(state, hi - memory.lost)
+        self._note_exactness(state, processed)
+        return memory.lost, hi
 
     def _can_vote(self, state: RequestState) -> bool:
         """Everybody was heard, and what they vote on is indexed; true where nobody votes."""
@@ -100,10 +115,10 @@ class Turning:
         first, memory.history_hi = memory.history_hi, self.history_end(state, processed)
         assert memory.history_hi >= first, "history never shrinks"
         self._note_exactness(state, processed)
-        self._note_released(state, memory.history_hi - first)
+        self.note_released(state, memory.history_hi - first)
         return (first, memory.history_hi) if memory.history_hi > first else None
 
-    def _note_released(self, state: RequestState, blocks: int) -> None:
+    def note_released(self, state: RequestState, blocks: int) -> None:
         state.blocks_released += blocks
         self.blocks_released += blocks
 

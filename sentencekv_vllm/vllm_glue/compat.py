@@ -5,7 +5,7 @@ Wraps delegate to the original and do nothing unless a configuration has selecte
 backend. Where each name lives: v1/attention/backends/registry.py (AttentionBackendEnum),
 platforms/{cpu,cuda}.py (get_attn_backend_cls, check_and_update_config),
 distributed/kv_transfer/kv_connector/factory.py (KVConnectorFactory._registry),
-v1/engine/input_processor.py (InputProcessor._validate_params, ._validate_prompt_len).
+v1/engine/input_processor.py (InputProcessor._validate_params, .process_inputs).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.engine.input_processor import InputProcessor
 
-from . import setup
+from . import request_limits, setup
 
 NAME = "SENTENCEKV"
 CONNECTOR = "SentenceKVConnector"
@@ -44,7 +44,7 @@ def install() -> None:
     if current_platform.is_cpu():  # CUDA honours a registered backend by itself
         _wrap(platform, "get_attn_backend_cls", _get_attn_backend_cls)
     _wrap(InputProcessor, "_validate_params", _validate_params)
-    _wrap(InputProcessor, "_validate_prompt_len", _validate_prompt_len)
+    _wrap(InputProcessor, "process_inputs", _process_inputs)
 
 
 def _reduce_member(member: AttentionBackendEnum) -> tuple[Callable[[str], Any], tuple[str]]:
@@ -116,9 +116,10 @@ def _validate_params(
     return original(params, *args, **kwargs)
 
 
-def _validate_prompt_len(
-    original: Callable[..., Any], processor: InputProcessor, prompt_len: int, prompt_type: Any
+def _process_inputs(
+    original: Callable[..., Any], processor: InputProcessor, *args: Any, **kwargs: Any
 ) -> Any:
+    request = original(*args, **kwargs)
     if selected(processor.vllm_config):
-        setup.check_prompt_fits(processor.vllm_config, prompt_len)
-    return original(prompt_len, prompt_type)
+        request_limits.limit_request(processor.vllm_config, request)
+    return request

@@ -90,6 +90,8 @@ class SentenceKVConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
+        if self.scheduler.steps_aside(request.request_id):
+            return None, False  # vLLM asks again, and looks at the requests behind it
         return 0, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -97,7 +99,8 @@ class SentenceKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         message = self.scheduler.message(scheduler_output)
-        if message.sparse is not None or message.observed is not None:
+        parts = (message.sparse, message.observed, message.visits)
+        if any(part is not None for part in parts):
             # The V2 runner then calls `start_load_kv` before the forward and names the rows.
             scheduler_output.has_sync_kv_loads = True
         return SentenceKVConnectorMetadata(message)

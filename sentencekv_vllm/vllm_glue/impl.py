@@ -11,7 +11,7 @@ from vllm.config import get_current_vllm_config_or_none
 
 from ..worker.observations import Observed
 from . import model_runner
-from .metadata import SentenceKVMetadata, current_runtime
+from .metadata import DenseCall, SentenceKVMetadata, current_runtime
 from .recorder import current_recorder
 
 
@@ -74,17 +74,19 @@ class SplitImpl:
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        tensors = (query, key, value, kv_cache)
+        tensors = (query, key, value)
         recorder = current_recorder()
         if recorder is not None:
             softcap = self.logits_soft_cap or 0.0  # type: ignore[attr-defined]  # the stock one's
             recorder.attend(layer.layer_name, query, key, value, output, self.scale, softcap)  # type: ignore[attr-defined]
             return output
-        if not isinstance(attn_metadata, SentenceKVMetadata):  # no sparse rows, or a profiling run
-            return super().forward(layer, *tensors, attn_metadata, output)  # type: ignore[misc]
+        if not isinstance(attn_metadata, SentenceKVMetadata):  # a stock step, or a profiling run
+            return super().forward(  # type: ignore[misc]
+                layer, *tensors, kv_cache, attn_metadata, output
+            )
         split = attn_metadata.split
         if split.dense is not None:
-            super().forward(layer, *tensors, split.dense, output)  # type: ignore[misc]
+            self._dense_rows(layer, tensors, kv_cache, split.dense, output)
         if split.observed is not None:
             self._observe(layer.layer_name, query, split.observed)
         if split.sparse:
@@ -94,6 +96,21 @@ class SplitImpl:
             rows = (-1, geometry.num_query_heads, geometry.head_dim)
             self.sparse_rows(index, query.view(rows), kv_cache, call, output.view(rows))
         return output
+
+    def _dense_rows(
+        self,
+        layer: Any,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        kv_cache: Tensor,
+        dense: DenseCall,
+        output: Tensor,
+    ) -> None:
+        visits = dense.visits
+        index = -1 if visits is None else visits.layer_index[layer.layer_name]
+        cache, metadata = dense.of_layer(index, kv_cache)
+        super().forward(layer, *tensors, cache, metadata, output)  # type: ignore[misc]
+        if visits is not None:
+            visits.leave(index)
 
     def _observe(self, layer_name: str, query: Tensor, observed: Observed) -> None:
         runtime = current_runtime()

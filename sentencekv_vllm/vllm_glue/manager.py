@@ -13,6 +13,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from ..scheduler.ledger import Ledger
+from ..scheduler.visiting import FreeBlocks
 
 
 def reuse_up_to(kv_cache_manager: Any, limit: Callable[[str, int], int]) -> None:
@@ -102,6 +103,10 @@ class SentenceKVManager(FullAttentionManager):
         )
         if freed is not None:
             self._remove_blocks_in_range(request_id, *freed)
+        private = self._private.get(request_id)
+        if private and len(private) > (kept := self.ledger.private_blocks(request_id)):
+            self.block_pool.free_blocks(private[kept:])  # a visitor's staging, once it is sparse
+            del private[kept:]
 
     def get_num_blocks_to_allocate(
         self,
@@ -126,18 +131,38 @@ class SentenceKVManager(FullAttentionManager):
         )
         if self.ledger is None:
             return needed
-        if apply_admission_cap and self.ledger.must_wait(request_id):
-            return int(self.block_pool.num_gpu_blocks) + 1  # more than there are: wait
-        needed += self.ledger.missing_private_blocks(request_id)
-        self.ledger.note_need(needed, self.block_pool.get_num_free_blocks())
+        free = self.block_pool.get_num_free_blocks()
+        if apply_admission_cap:
+            found, pool = len(new_computed_blocks), self.free_blocks(request_id)
+            wanted = self.ledger.blocks_at_admission(request_id, needed, found, pool)
+            if wanted is None:
+                return int(self.block_pool.num_gpu_blocks) + 1  # more than there are: wait
+            needed = wanted
+        else:
+            needed += self.ledger.missing_private_blocks(request_id)
+            needed += self.ledger.promised_to_others(request_id, self._held)
+        self.ledger.note_need(needed, free)
         return needed
+
+    @property
+    def usable_blocks(self) -> int:
+        return int(self.block_pool.num_gpu_blocks) - 1  # one is vLLM's null block
+
+    def free_blocks(self, request_id: str) -> FreeBlocks:
+        """The pool as a waiting request sees it."""
+        assert self.ledger is not None
+        free = self.block_pool.get_num_free_blocks()
+        return self.ledger.free_blocks(request_id, free, self.usable_blocks, self._held)
+
+    def _held(self, request_id: str) -> int:
+        own = self.req_to_blocks.get(request_id, ())
+        return len(own) + len(self._private.get(request_id, ()))
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         if self.ledger is not None:
-            if request_id not in self.num_cached_block and not self.req_to_blocks.get(request_id):
-                self.ledger.reserve(request_id)
+            self.ledger.reserve(request_id)
             missing = self.ledger.missing_private_blocks(request_id)
             if missing:
                 # A side table: never hashed, never in the request's block table.

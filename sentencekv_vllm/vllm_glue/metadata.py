@@ -18,6 +18,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from ..worker.observations import Observed
 from ..worker.plan import StepPlan
 from ..worker.runtime import Runtime
+from ..worker.visits import Visits
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,26 @@ class SparseCall:
 
 
 @dataclass(frozen=True)
+class DenseCall:
+    """What the stock implementation needs for the dense rows of a step."""
+
+    metadata: Any  # the platform's own
+    visits: Visits | None  # histories that its rows attend to and that are on the host
+
+    def of_layer(self, layer: int, kv_cache: Tensor) -> tuple[Tensor, Any]:
+        """KV cache and metadata of a layer; what visits is on the device after it."""
+        if self.visits is None:
+            return kv_cache, self.metadata
+        metadata = copy(self.metadata)
+        metadata.block_table = self.visits.table(layer)
+        return self.visits.whole, metadata
+
+
+@dataclass(frozen=True)
 class Split:
     """The two parts of a step."""
 
-    dense: Any | None  # the platform's own metadata; None: every row is sparse
+    dense: DenseCall | None  # None: every row is sparse
     sparse: tuple[SparseCall, ...]  # each for its plan's layers, which cover the model's
     observed: Observed | None = None
 
@@ -45,8 +62,8 @@ def current_runtime() -> Runtime | None:
 
 
 class SentenceKVMetadata:
-    """A step with sparse rows or voting tokens, split in the first layer: only then has the V2
-    runner named the requests of the batch."""
+    """A step with sparse rows, voting tokens or visits, split in the first layer: only then has
+    the V2 runner named the requests of the batch."""
 
     def __init__(
         self,
@@ -104,16 +121,23 @@ class SplitBuilder:
         observed = runtime.observed(common.slot_mapping, last_tokens)
         plans = runtime.plan(common.block_table_tensor, common.slot_mapping, last_tokens)
         if not plans:
-            return Split(self._dense(common_prefix_len, common), (), observed)
+            return Split(self._dense_call(common_prefix_len, common, last_tokens), (), observed)
         dense, rows = None, plans[0].rows  # the same in all
         whole_batch = len(rows) == num_requests
         if not whole_batch:
-            dense = self._dense(common_prefix_len, _without(common, rows))
+            dense = self._dense_call(common_prefix_len, _without(common, rows), last_tokens)
         calls = (self.sparse_call(runtime, plan, whole_batch) for plan in plans)
         return Split(dense, tuple(calls), observed)
 
-    def _dense(self, common_prefix_len: int, common: CommonAttentionMetadata) -> Any:
-        return super().build(common_prefix_len, common)  # type: ignore[misc]  # the stock builder
+    def _dense_call(
+        self, common_prefix_len: int, common: CommonAttentionMetadata, last_tokens: Tensor
+    ) -> DenseCall:
+        metadata = super().build(common_prefix_len, common)  # type: ignore[misc]  # the stock one
+        runtime = current_runtime()
+        assert runtime is not None, "metadata of a split step outlived its worker"
+        return DenseCall(
+            metadata, runtime.visits(metadata.block_table, common.slot_mapping, last_tokens)
+        )
 
     @abstractmethod
     def sparse_call(self, runtime: Runtime, plan: StepPlan, whole_batch: bool) -> SparseCall:

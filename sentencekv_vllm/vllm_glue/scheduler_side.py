@@ -24,6 +24,7 @@ from ..segmentation.service import SegmentationService
 from ..types import IndexKind
 from .manager import SentenceKVManager, cache_up_to, reuse_up_to
 from .resolve import load_vocabulary, resolve_for_engine
+from .visit_room import check_pool, visit_room
 
 logger = logging.getLogger(__name__)
 # By a name below vLLM's, whose handlers show what is said at the level of information.
@@ -39,6 +40,7 @@ class SchedulerSide:
         self.resolved: ResolvedConfig = resolve_for_engine(vllm_config, kv_cache_config)
         resolved, config = self.resolved, self.resolved.config
         scheduler = vllm_config.scheduler_config
+        check_pool(vllm_config, resolved, kv_cache_config.num_blocks)
         limits = Limits(
             block_size=resolved.block_size,
             sink_blocks=resolved.sink_blocks,
@@ -53,6 +55,7 @@ class SchedulerSide:
             min_context_tokens_with_room=config.min_context_tokens_with_room or 0,
             roomy_blocks=int(ROOMY * kv_cache_config.num_blocks),
             exact_pages=resolved.host_format is None,
+            visit_room=visit_room(vllm_config, resolved),
         )
         self._service = SegmentationService(
             config.segmenter,
@@ -77,8 +80,20 @@ class SchedulerSide:
             )
         self._manager = managers[0]
         self._manager.bind(self.ledger)
-        reuse_up_to(kv_cache_manager, self.ledger.reusable_tokens)
+        reuse_up_to(kv_cache_manager, self._reusable_tokens)
         cache_up_to(kv_cache_manager, self.ledger.exact_tokens)
+
+    def _reusable_tokens(self, request_id: str, num_tokens: int) -> int:
+        assert self._manager is not None, "bound before the first request"
+        n = self.resolved.block_size
+        pool = self._manager.free_blocks(request_id)
+        blocks = self.ledger.reusable_blocks(request_id, num_tokens // n, pool)
+        return min(self.ledger.reusable_tokens(request_id, num_tokens), blocks * n)
+
+    def steps_aside(self, request_id: str) -> bool:
+        """The request waits for host pages, and others are admitted past it."""
+        assert self._manager is not None, "bound before the first request"
+        return self.ledger.steps_aside(request_id, self._manager.usable_blocks)
 
     def add(self, request: Any) -> None:
         """A request has arrived; a bad option was refused before it got here."""
@@ -87,6 +102,10 @@ class SchedulerSide:
             reason = Reason.UNSUPPORTED_INPUT
         else:
             reason, options, keeps_all = self._options(request)
+        params, config = request.sampling_params, self.resolved.config
+        short = options is not None and params is not None and params.max_tokens == 1
+        if short and request.num_prompt_tokens >= config.min_context_tokens:
+            reason = Reason.SHORT_ANSWER
         state = RequestState(
             request_id=request.request_id,
             request=request,
@@ -94,9 +113,10 @@ class SchedulerSide:
             options=options,
             keeps_all=keeps_all,
             reason=reason,
-            warm_start=self.resolved.config.warm_start
+            short_answer=short,
+            warm_start=config.warm_start
             and options is not None
-            and not options.compacts,
+            and not (short or options.compacts),
         )
         self.ledger.add(state)
         self._segment(state)
@@ -158,6 +178,8 @@ class SchedulerSide:
         """Levels that have changed, and what has been counted, since the last call."""
         counts = {f"{REASON_PREFIX}{k}": v for k, v in self.ledger.finished.items()}
         counts |= {f"{SEGMENTER_PREFIX}{k}": v for k, v in self._service.stats.items()}
+        counts["visitors"] = self.ledger.admission.visitors
+        counts["joined_sentences"] = self.ledger.joined_sentences
         counts["released_blocks"] = self.ledger.blocks_released
         levels = self.ledger.gauges() | {"index_bytes": self.resolved.index_bytes}
         data = {k: v for k, v in levels.items() if v != self._reported.get(k)}

@@ -151,26 +151,3 @@ def check_request_options(vllm_config: Any, extra_args: dict[str, Any] | None) -
             RequestOptions.parse(extra_args, resolved_config(vllm_config))
         except RequestOptionsError as error:
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
-
-
-def check_prompt_fits(vllm_config: Any, prompt_len: int) -> None:
-    """Refuse a prompt that the GPU pool can never hold; vLLM's queue would wait for ever.
-
-    Raises:
-        VLLMValidationError: with the number of blocks needed and present; status 400.
-    """
-    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
-    if not cache.num_gpu_blocks:
-        return
-    engines = max(1, parallel.data_parallel_size)
-    usable = cache.num_gpu_blocks // engines - 1  # one is vLLM's null block
-    needed = -(-prompt_len // cache.block_size)
-    if needed > usable:
-        raise VLLMValidationError(
-            f"the prompt has {prompt_len} tokens and needs {needed} KV blocks of "
-            f"{cache.block_size}, the pool has {usable}: send at most "
-            f"{usable * cache.block_size} tokens, or start the server with more KV memory "
-            "(--gpu-memory-utilization, --kv-cache-memory-bytes)",
-            parameter="prompt",
-            value=prompt_len,
-        )

@@ -6,18 +6,26 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Self
 
+from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from .manager import SentenceKVManager
+from .setup import resolved_config
+from .visit_room import blocks_for
 
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceKVSpec(FullAttentionSpec):
     """Full attention whose history may leave the GPU while the request runs.
 
-    Memory needs are those of full attention: during prefill the whole prompt is on the GPU.
+    It needs the memory of full attention, or less where a prompt's history can be on the host.
     """
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        tokens = vllm_config.model_config.max_model_len
+        needed = blocks_for(vllm_config, resolved_config(vllm_config), tokens)
+        return needed * self.page_size_bytes
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:

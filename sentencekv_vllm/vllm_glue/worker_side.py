@@ -22,11 +22,13 @@ from ..worker.host_check import check_pools_fit
 from ..worker.prefetch import Prefetch
 from ..worker.runtime import Runtime
 from ..worker.tables import rounded_up
+from ..worker.visit_stream import visit_stream
 from ..worker.warm_start import MAX_ROWS
 from . import full_graphs, setup
 from .backend import platform
 from .calibration import find_bases
 from .resolve import resolve_for_engine
+from .visit_room import visit_room
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +91,9 @@ def build_runtime(
             sizes=sizes if on_gpu else None,
             new_graph=new_graph(),
             warm_ops=_warm_ops(sizes) if resolved.config.warm_start else None,
+            visits=visit_stream(device, len(names))
+            if visit_room(vllm_config, resolved) is not None
+            else None,
             prefetch=Prefetch(device, len(names), new_graph()) if on_gpu else None,
             bases=bases,
         )

@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..messages import Int32s, ObservedRows, RequestUpdate, SparseRows, StepMessage, StepReport
+from ..messages import (
+    Int32s,
+    ObservedRows,
+    RequestUpdate,
+    SparseRows,
+    StepMessage,
+    StepReport,
+    VisitRows,
+)
 from ..ops.estimate_unselected import Attended
 from ..ops.layer_ops import DecodeOutputs, LayerOps
 from ..ops.load import Sizes
@@ -32,6 +40,8 @@ from .query_previous import QueryPrevious
 from .settling import Settling
 from .tables import Tables
 from .transfer import Array, upload
+from .visit_stream import VisitStream
+from .visits import Visits
 from .warm_start import Guess, WarmStart
 
 STEPS_IN_FLIGHT = 2  # vLLM schedules a step once the one before the last has returned
@@ -58,6 +68,7 @@ class Runtime:
         prefetch: Prefetch | None = None,
         warm_ops: LayerOps | None = None,
         bases: Sequence[Basis] | None = None,
+        visits: VisitStream | None = None,
     ) -> None:
         """Allocate everything.
 
@@ -80,6 +91,7 @@ class Runtime:
                 when its turn comes.
             warm_ops: fill the working sets of requests that turn sparse; None: they start empty.
             bases: in which each layer's keys are coded; None: the fixed one.
+            visits: orders the copies of histories that visit the device; None: nobody's does.
         """
         self.geometry = geometry
         self.max_pages = num_pages if sizes is None else sizes.max_pages  # of one request
@@ -100,6 +112,9 @@ class Runtime:
             if sizes is None
             else DevicePlanner(geometry, self.tables, ops, sizes, new_graph)
         )
+        self._visits: Visits | None = None
+        if visits is not None:
+            self._visits = Visits(self.pools, self.tables, caches, visits, layer_names)
         # One row more than slots, for the rows of a step that are nobody's.
         self.query_mean = QueryMean(geometry, num_slots + 1)
         self.query_previous = QueryPrevious(geometry, num_slots + 1)
@@ -108,7 +123,7 @@ class Runtime:
         self._prefetch = prefetch
         self._records = new_graph is not None
         self._copies = copies or copy_stream(self.device)
-        self._layout = layout
+        self.layout = layout
         self._key_offset = layout.keys.flatten().to(torch.int32)  # as `read_keys` takes it
         self.observations = Observations(
             geometry, num_slots, observation_window, caches[0].dtype, self.device
@@ -128,6 +143,7 @@ class Runtime:
         self._queued = -1  # the last step with work ahead of its layers
         self._rows: SparseRows | None = None
         self._watched: ObservedRows | None = None
+        self._visiting: VisitRows | None = None
         self._order: dict[str, int] = {}
         self._step = -1
         self._plans: tuple[StepPlan, ...] = ()
@@ -146,8 +162,9 @@ class Runtime:
 
     @property
     def acts_in_layers(self) -> bool:
-        """The step being run has rows to decode sparsely, or queries to keep."""
-        return self._rows is not None or self._watched is not None
+        """The step being run has rows to decode sparsely, queries to keep, or visits."""
+        parts = (self._rows, self._watched, self._visiting)
+        return any(part is not None for part in parts)
 
     def is_recordable(self, num_requests: int) -> bool:
         """The step being run can be one graph: every row of the batch is sparse, and no layer
@@ -158,6 +175,8 @@ class Runtime:
         """
         rows = self._rows
         if not self._records or rows is None or self._watched is not None:
+            return False
+        if self._visiting is not None:
             return False
         if len(rows.slots) < num_requests or (self._warm_start and rows.restarts.any()):
             return False
@@ -172,6 +191,7 @@ class Runtime:
             return
         self._step, self._rows, self._plans = message.step, message.sparse, ()
         self._watched, self._updates = message.observed, message.updates
+        self._visiting = message.visits
         self._order = {}
         for slot in message.dropped:
             self.tables.drop(slot)
@@ -179,7 +199,7 @@ class Runtime:
                 plan.host_slots[plan.host_slots == slot] = -1
         if message.updates:
             self._update(message)
-        if message.sparse is not None or message.frees:
+        if message.sparse is not None or message.frees or message.visits is not None:
             self._copies.join()
 
     def _update(self, message: StepMessage) -> None:
@@ -210,10 +230,10 @@ class Runtime:
                     )
                 for j, i in enumerate(estimated):
                     groups = GroupTokens(*places[3 * j : 3 * j + 3])
-                    write_mean_values(pools, spans[3 * i], groups, self._layout)
+                    write_mean_values(pools, spans[3 * i], groups, self.layout)
             settled = [u for u in message.updates if u.settled is not None]
             if settled:
-                settling = Settling(self.geometry, self._layout, self.observations, self.ops)
+                settling = Settling(self.geometry, self.layout, self.observations, self.ops)
                 for update in settled:
                     settling.add(update, self.tables)
                 for layer, pools in enumerate(self.pools.layers):
@@ -283,7 +303,7 @@ class Runtime:
         self._select(plan, layer, query, out)
 
     def _find(
-        self, rows: SparseRows | ObservedRows, slot_mapping: Tensor, last_tokens: Tensor
+        self, rows: SparseRows | ObservedRows | VisitRows, slot_mapping: Tensor, last_tokens: Tensor
     ) -> Array:
         """The requests' rows in the batch."""
         if self._order:
@@ -313,6 +333,22 @@ class Runtime:
         index = np.arange(rows.counts.sum())  # start + (index - before) runs through each row
         starts = (np.repeat(start - before, rows.counts) for start in (first, place))
         return Observed(*upload([(s + index).astype(np.int64) for s in starts], self.device))
+
+    def visits(
+        self, block_table: Tensor, slot_mapping: Tensor, last_tokens: Tensor
+    ) -> Visits | None:
+        """Histories that visit in this step, arguments as in `plan`; None where there are none.
+
+        Args:
+            block_table: [R, W] int32, of the dense rows.
+        """
+        rows = self._visiting
+        if rows is None:
+            return None
+        assert self._visits is not None, "no room for visits was promised"
+        self._planned = self._step
+        self._visits.begin(rows, self._find(rows, slot_mapping, last_tokens), block_table)
+        return self._visits
 
     def await_layer(self, plan: StepPlan, layer: int) -> None:
         """Before `rank`, and outside a graph's work: wait for what was queued ahead."""
@@ -365,7 +401,7 @@ class Runtime:
             softcap: of the logits; 0: none.
         """
         if plan.estimates is not None:
-            attended = Attended(tables, plan.seq_lens, self._layout, lse, softcap)
+            attended = Attended(tables, plan.seq_lens, self.layout, lse, softcap)
             self.ops.estimate_unselected(
                 self.geometry,
                 self.pools.layers[layer],
@@ -395,12 +431,12 @@ class Runtime:
         """
         if self.acts_in_layers and self._planned != self._step:
             raise RuntimeError(
-                f"step {self._step} has sparse rows or voting tokens, and the forward ran without "
-                "them: a CUDA graph of the whole model was replayed, or this vLLM builds metadata "
-                "at another time. Start with --compilation-config "
+                f"step {self._step} has sparse rows, voting tokens or visits, and the forward "
+                "ran without them: a CUDA graph of the whole model was replayed, or this vLLM "
+                "builds metadata at another time. Start with --compilation-config "
                 '\'{"cudagraph_mode": "PIECEWISE"}\' and report this.'
             )
-        self._rows, self._watched = None, None
+        self._rows, self._watched, self._visiting = None, None, None
 
     def take_report(self) -> StepReport | None:
         """What the last booked step selected, once."""
@@ -411,6 +447,8 @@ class Runtime:
     def take_counters(self) -> dict[str, int]:
         """Counts since the last call."""
         self._settle()
+        if self._visits is not None:
+            self.counters["visit_bytes"] += self._visits.take_bytes()
         taken = {name: count for name, count in self.counters.items() if count}
         self.counters.clear()
         return taken
@@ -422,7 +460,7 @@ class Runtime:
             self.tables.drop(slot)
         self.pools.reset()
         self._step, self._rows, self._plans, self._report = -1, None, (), None
-        self._watched, self._planned, self._queued = None, -1, -1
+        self._watched, self._visiting, self._planned, self._queued = None, None, -1, -1
         self._unsettled.clear()
         self._guesses.clear()
         self.counters.clear()

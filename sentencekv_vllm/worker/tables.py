@@ -101,6 +101,7 @@ class Tables:
         self.changes = np.zeros(num_slots, np.int64)  # counts what `apply` and `drop` have done
         self.num_indexed = np.zeros(num_slots, np.int32)  # sentences with an index entry
         self.private = np.zeros((num_slots, max(1, working_set_blocks)), np.int32)
+        self.staging: dict[int, Int32s] = {}  # private blocks of visitors
         self.retention = np.zeros(num_slots, np.float32)
         self.layer_blocks = np.zeros((num_slots, num_layers), np.int32)  # `budget_blocks` of each
         self.differs_by_layer = np.zeros(num_slots, np.bool_)
@@ -111,6 +112,7 @@ class Tables:
         for table in (self.blocks, self.pages, self.row_pages, self.ends):
             table.counts[slot] = 0
         self.num_indexed[slot] = 0
+        self.staging.pop(slot, None)
         self.owners[slot] += 1
         self.changes[slot] += 1
         self._batch = None
@@ -135,6 +137,8 @@ class Tables:
         self.ends.append(slot, update.sentence_ends)
         if update.private_blocks:
             self.private[slot, : len(update.private_blocks)] = update.private_blocks
+        if update.staging is not None:
+            self.staging[slot] = np.asarray(update.staging, np.int32)
         ends = self.ends.of(slot)
         first = int(self.num_indexed[slot])
         last = int(np.searchsorted(ends, int(self.pages.counts[slot]) * n, side="right"))

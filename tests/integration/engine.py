@@ -3,23 +3,28 @@
 
 vLLM keeps one connector and one parallel state per process, so an engine that follows another
 in the same process does not start fresh. `apart(function, ...)` runs a function of a test
-module in a new process and returns what it returned.
+module in a new process and returns what it returned. The process is forked from one that has
+imported vLLM and done nothing else: an import takes as long as most of the tests.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
+import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 MODEL = str(Path(importlib.util.find_spec("sentencekv_vllm").origin).parent / "assets/tiny-recall")
 BLOCK = 32
@@ -43,22 +48,61 @@ def apart(function: Callable[..., Any], *args: Any, timeout_s: float = 280, **kw
     with tempfile.TemporaryDirectory() as folder:
         given, result, log = (Path(folder, name) for name in ("given", "result", "log"))
         given.write_bytes(pickle.dumps((args, kwargs)))
-        module = inspect.getfile(function)
-        command = [sys.executable, __file__, module, function.__name__, str(given), str(result)]
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                command, env=environment(), stdout=output, stderr=output, start_new_session=True
-            )
-            try:
-                process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                output.write(f"\nkilled after {timeout_s} s")
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # its engine cores, too
-                process.wait()
-        assert result.exists(), f"{function.__name__}, apart:\n{log.read_text()[-6000:]}"
+        place = (inspect.getfile(function), function.__name__)
+        process = _forks().Process(target=_run, args=(*place, given, result, log, environment()))
+        process.start()
+        try:
+            process.join(timeout_s)
+            late = f"\nkilled after {timeout_s} s" if process.exitcode is None else ""
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its engine cores, too
+            process.kill()  # if it has not come as far as to lead a group
+            process.join()
+        output = log.read_text()[-6000:] if log.exists() else ""
+        assert result.exists(), f"{function.__name__}, apart:\n{output}{late}"
         return pickle.loads(result.read_bytes())
+
+
+@cache
+def _forks() -> Any:
+    """Makes processes that have imported vLLM."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])
+    # It keeps the environment that it starts in. Safe path: the folder triton_kernels would take
+    # the name of Triton's package.
+    with mock.patch.dict(os.environ, environment() | {"PYTHONSAFEPATH": "1"}, clear=True):
+        forkserver.ensure_running()
+    return context
+
+
+def _run(
+    module_path: str,
+    name: str,
+    given: Path,
+    result: Path,
+    log: Path,
+    environment: dict[str, str],
+) -> None:
+    """In the new process: a function of a module, by name."""
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    try:
+        spec = importlib.util.spec_from_file_location(Path(module_path).stem, module_path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        args, kwargs = pickle.loads(given.read_bytes())
+        result.write_bytes(pickle.dumps(getattr(module, name)(*args, **kwargs)))
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the engine's threads have nothing left to do
 
 
 def environment() -> dict[str, str]:
@@ -81,7 +125,11 @@ def environment() -> dict[str, str]:
 
 
 def make_llm(
-    settings: dict[str, Any] | None, multiprocess: bool = False, blocks: int = 1600, **engine: Any
+    settings: dict[str, Any] | None,
+    multiprocess: bool = False,
+    blocks: int = 1600,
+    fits: bool = True,
+    **engine: Any,
 ) -> Any:
     """The embedded model behind `LLM`.
 
@@ -89,6 +137,7 @@ def make_llm(
         settings: replaces some of `SETTINGS`; None is vLLM's own CPU backend.
         multiprocess: the engine core in a process of its own, vLLM's default.
         blocks: of the KV pool, the null block included.
+        fits: lower max_model_len to what the pool holds.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(multiprocess))
     from vllm import LLM
@@ -105,7 +154,9 @@ def make_llm(
         "async_scheduling": False,
         **engine,
     }
-    options["max_model_len"] = min(options["max_model_len"], (blocks - 1) * options["block_size"])
+    if fits:
+        held = (blocks - 1) * options["block_size"]
+        options["max_model_len"] = min(options["max_model_len"], held)
     if settings is not None:
         options["attention_backend"] = "sentencekv"
         options["additional_config"] = {"sentencekv": SETTINGS | settings}
@@ -194,20 +245,9 @@ def leaks(llm: Any) -> dict[str, int]:
         "slots": ledger.slots.num_used,
         "tracked": len(ledger.states) + len(ledger.slots.owners),
         "private blocks": len(manager._private),
+        "visitors": len(ledger._visiting.admitted) + len(ledger.admission.line),
     }
 
 
 def is_clean(llm: Any) -> bool:
     return not any(leaks(llm).values())
-
-
-if __name__ == "__main__":
-    module_path, name, given_path, result_path = sys.argv[1:]
-    spec = importlib.util.spec_from_file_location(Path(module_path).stem, module_path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    args, kwargs = pickle.loads(Path(given_path).read_bytes())
-    answer = pickle.dumps(getattr(module, name)(*args, **kwargs))
-    Path(result_path).write_bytes(answer)
-    os._exit(0)  # the engine's threads have nothing left to do

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from engine import MODEL
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -30,8 +32,10 @@ from vllm.v1.structured_output import StructuredOutputManager
 from sentencekv_vllm.messages import StepReport
 from sentencekv_vllm.resolved import GIB
 from sentencekv_vllm.vllm_glue.connector import SentenceKVWorkerMetadata
+from sentencekv_vllm.vllm_glue.request_limits import limit_request
 from sentencekv_vllm.vllm_glue.setup import resolved_config
 from sentencekv_vllm.vllm_glue.spec import SentenceKVSpec
+from sentencekv_vllm.vllm_glue.visit_room import Capacity
 from sentencekv_vllm.worker.tables import Tables
 
 BLOCK = 16
@@ -142,6 +146,9 @@ class World:
         settings["host_pool_gib"] = (num_pages + 0.5) * page_bytes / GIB
         config.additional_config = {"sentencekv": settings}
         model = config.model_config
+        capacity = Capacity.of(config, resolved_config(config), num_blocks - 1)
+        model.max_model_len = min(4096, capacity.longest)
+        self.config = config
         spec = SentenceKVSpec(
             block_size=BLOCK,
             num_kv_heads=model.get_num_kv_heads(config.parallel_config),
@@ -188,13 +195,17 @@ class World:
     # What clients do --------------------------------------------------------------------------
 
     def add(self, prompt: list[int], max_tokens: int, salt: int, **options: Any) -> str | None:
-        """A request arrives, if it can ever fit; vLLM refuses others before the scheduler."""
-        if len(prompt) + max_tokens > (self.num_blocks - 1) * BLOCK:
+        """A request arrives, if it can be served to its end; others are refused before that."""
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=options)
+        params.update_from_generation_config({}, None)
+        arriving = EngineCoreRequest("", prompt, None, params, None, 0.0, None, None, None)
+        try:
+            limit_request(self.config, arriving)
+        except VLLMValidationError:
+            self.seen["refused"] += 1
             return None
         request_id = f"r{self.count}"
         self.count += 1
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=options)
-        params.update_from_generation_config({}, None)
         request = Request(
             request_id, prompt, params, None, block_hasher=self.hasher,
             cache_salt=str(salt) if salt else None,
@@ -281,7 +292,9 @@ class World:
         )
 
     def _forward(self, output: Any, before: dict[str, int]) -> dict[str, list[int]]:
-        sparse = output.kv_connector_metadata.message.sparse
+        message = output.kv_connector_metadata.message
+        sparse, visits = message.sparse, message.visits
+        visiting = {} if visits is None else {r: i for i, r in enumerate(visits.request_ids)}
         sparse_rows = {} if sparse is None else {r: i for i, r in enumerate(sparse.request_ids)}
         sampled: dict[str, list[int]] = {}
         written: set[tuple[int, int]] = set()
@@ -308,6 +321,8 @@ class World:
             end = start + count
             if request_id in sparse_rows:
                 self._read_sparsely(life, sparse, sparse_rows[request_id], blocks, start)
+            elif request_id in visiting:
+                self._read_by_visits(life, visits, visiting[request_id], blocks, end)
             else:
                 self._read(life, blocks, 0, end)
             if end == len(life.tokens):
@@ -345,12 +360,7 @@ class World:
         self._read(life, blocks, hi * BLOCK, start + 1)
         assert all(b == 0 for b in blocks[lo:hi]), "the history has left the GPU"
         if not options.compacts:
-            pages = self.tables.pages.of(slot)
-            assert len(pages) >= hi
-            for j in range(lo, hi):
-                assert (self.host[pages[j]] == life.tags(j * BLOCK, (j + 1) * BLOCK)).all(), (
-                    f"page of block {j} holds something else"
-                )
+            self._read_pages(life, slot, lo, hi)
             indexed, ends = self.tables.indexed_sentences(slot)
             assert len(indexed) == len(set(indexed.tolist())), "two sentences share a row"
             assert ends[-1] >= hi * BLOCK, (
@@ -368,6 +378,30 @@ class World:
             window = 32 // BLOCK if options.compacts else 0
             most = lo + self.resolved.working_set_blocks + tail + 2 + grown + window
             assert held <= most, f"{held} blocks held, {most} at most"
+
+    def _read_by_visits(
+        self, life: Life, visits: Any, row: int, blocks: list[int], end: int
+    ) -> None:
+        lo, hi = int(visits.lost_lo[row]), int(visits.lost_hi[row])
+        slot, room = int(visits.slots[row]), self.ledger.limits.visit_room
+        staging = self.tables.staging[slot]
+        self.seen["visiting rows"] += 1
+        assert visits.tail_blocks[row] == blocks[(end - 1) // BLOCK]
+        assert staging.tolist() == self.ledger.slots.owners[slot].memory.staging
+        assert len(staging) * room.num_layers >= room.halves * (hi - lo), "room for a layer"
+        self.device[staging] = next(self.unique)
+        self._read(life, blocks, 0, lo * BLOCK)
+        self._read_pages(life, slot, lo, hi)
+        self._read(life, blocks, hi * BLOCK, end)
+        assert all(b == 0 for b in blocks[lo:hi]), "the history has left the GPU"
+
+    def _read_pages(self, life: Life, slot: int, lo: int, hi: int) -> None:
+        pages = self.tables.pages.of(slot)
+        assert len(pages) >= hi
+        for j in range(lo, hi):
+            assert (self.host[pages[j]] == life.tags(j * BLOCK, (j + 1) * BLOCK)).all(), (
+                f"page of block {j} holds something else"
+            )
 
     # What always holds ------------------------------------------------------------------------
 
@@ -391,7 +425,8 @@ class World:
         held = self._readers()
         for request_id, blocks in self.manager._private.items():
             assert all(held[b.block_id] == 1 for b in blocks), "a working set is shared"
-            assert [b.block_id for b in blocks] == ledger.states[request_id].memory.private
+            memory = ledger.states[request_id].memory
+            assert [b.block_id for b in blocks] == (memory.staging or memory.private)
             assert all(b.ref_cnt == 1 and b.block_hash is None for b in blocks)
         deferred = {b.block_id for _, bs in self.scheduler.deferred_frees for b in bs}
         used = set(held) | deferred

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,17 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SENTENCEKV_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("SENTENCEKV_TEST_OPS", "reference")
     return tmp_path / "cache" / "bases"
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """What a first start finds and logs, and the folder of the cache that it leaves."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SENTENCEKV_CACHE_DIR", str(folder))
+        patch.setenv("SENTENCEKV_TEST_OPS", "reference")
+        found, lines = apart(start)
+    return found, lines, folder / "bases"
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -78,6 +90,13 @@ def measured():
     llm = make_llm({}, blocks=300, dtype="float32")
     del llm
     return kept["runs"], [m.means() for m in kept["moments"]]
+
+
+def same(some, others) -> bool:
+    return all(
+        torch.equal(a[3], b[3]) and torch.equal(a[1], b[1])
+        for a, b in zip(some[0][1], others[0][1], strict=True)
+    )
 
 
 def is_plain(rank_bases) -> bool:
@@ -136,34 +155,29 @@ def test_moments_are_those_of_another_implementation_of_the_model():
 
 
 @pytest.mark.slow
-def test_a_start_calibrates_once_and_two_starts_find_the_same(cache, tmp_path, monkeypatch):
-    first, lines = apart(start)
+def test_a_start_calibrates_once_and_the_next_reads_what_it_found(cache, calibrated):
+    first, lines, folder = calibrated
     assert any("calibrated with" in line for line in lines)
-    (kept,) = files(cache).items()
     assert not is_plain(first)
+    shutil.copytree(folder, cache)
     again, lines = apart(start)
     assert any("in the basis of" in line for line in lines)
-    assert dict([kept]) == files(cache), "it was read, not written"
-    monkeypatch.setenv("SENTENCEKV_CACHE_DIR", str(tmp_path / "other"))
-    anew, _ = apart(start)
-    assert files(tmp_path / "other" / "bases") == files(cache)
-    for other in (again, anew):
-        assert all(
-            torch.equal(a[3], b[3]) and torch.equal(a[1], b[1])
-            for a, b in zip(first[0][1], other[0][1], strict=True)
-        )
+    assert files(folder) == files(cache), "it was read, not written"
+    assert same(first, again)
 
 
 @pytest.mark.slow
-def test_files_that_are_of_no_use_are_made_anew(cache):
-    apart(start)
-    ((name, good),) = files(cache).items()
+def test_files_that_are_of_no_use_are_made_anew_and_the_same(cache, calibrated):
+    first, _, folder = calibrated
+    ((name, good),) = files(folder).items()
+    cache.mkdir(parents=True)
     (cache / name).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(BasisFileError):
         read_basis(cache / name)
-    _, lines = apart(start)
+    anew, lines = apart(start)
     assert any("damaged" in line for line in lines)
     assert files(cache) == {name: good}
+    assert same(first, anew)
 
 
 @pytest.mark.slow
@@ -212,8 +226,8 @@ def test_each_rank_finds_what_one_rank_finds_for_its_heads(cache):
 
 
 @pytest.mark.slow
-def test_the_users_text_replaces_ours_and_stays(cache, tmp_path, capsys):
-    apart(start)
+def test_the_users_text_replaces_ours_and_stays(cache, calibrated, tmp_path):
+    shutil.copytree(calibrated[2], cache)
     ((name, ours),) = files(cache).items()
     text = tmp_path / "text.txt"
     text.write_text(TEXT)

@@ -28,7 +28,7 @@ def largest_errors(options: dict[str, str]) -> dict[str, float]:
 
     llm = make_llm({"index_vectors": 2})
     runtime = runtime_of(llm)
-    estimate, layout, g = runtime.estimate, runtime._layout, runtime.geometry
+    estimate, layout, g = runtime.estimate, runtime.layout, runtime.geometry
     found = {"merged": 0.0, "values": 0.0, "attention": 0.0, "change": 0.0, "calls": 0.0}
 
     def note(name: str, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -60,6 +60,7 @@ def one_of_each():
     copying.copy_out = lambda *args: None
     modes["copying"] = mode({"prompt_token_ids": tokens[5:]})
     del copying.copy_out
+    modes["short_answer"] = generate(llm, [long], greedy(1))[0]["told"]["mode"]
     return modes, counted(llm), is_clean(llm)
 
 

@@ -15,9 +15,12 @@ vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from engine import MODEL  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.v1.engine import EngineCoreRequest  # noqa: E402
 
+from sentencekv_vllm.config import SentenceKVConfig  # noqa: E402
 from sentencekv_vllm.plugin import register  # noqa: E402
-from sentencekv_vllm.vllm_glue import setup  # noqa: E402
+from sentencekv_vllm.resolved import resolve  # noqa: E402
+from sentencekv_vllm.vllm_glue import request_limits, setup  # noqa: E402
 from sentencekv_vllm.worker.host_memory import GIB, available_bytes  # noqa: E402
 
 
@@ -337,13 +340,46 @@ def test_a_sliding_window_model_is_refused(tmp_path):
         real(tmp_path, mistral)
 
 
-def test_prompts_that_never_fit_are_refused_with_the_numbers():
-    from vllm.exceptions import VLLMValidationError
+def arriving(prompt, monkeypatch, visiting=0, images=None, **params):
+    """A request in front of a pool of ten blocks; what is left of its parameters."""
+    from vllm import SamplingParams
 
     config = SimpleNamespace(
         cache_config=SimpleNamespace(num_gpu_blocks=11, block_size=32),
         parallel_config=SimpleNamespace(data_parallel_size=1),
     )
-    setup.check_prompt_fits(config, 320)
+    sizes = {"num_kv_heads": 2, "head_dim": 64, "num_layers": 4, "dtype_size": 2}
+    resolved = resolve(SentenceKVConfig(), block_size=32, **sizes)
+    monkeypatch.setattr(request_limits, "resolved_config", lambda _: resolved)
+    capacity = request_limits.Capacity(320, visiting)
+    monkeypatch.setattr(request_limits.Capacity, "of", lambda *_: capacity)
+    params = SamplingParams(**params)
+    request = EngineCoreRequest("", [1] * prompt, images, params, None, 0.0, None, None, None)
+    request_limits.limit_request(config, request)
+    return params
+
+
+def test_prompts_that_never_fit_are_refused_with_the_numbers(monkeypatch):
+    from vllm.exceptions import VLLMValidationError
+
+    arriving(320, monkeypatch, max_tokens=1)
     with pytest.raises(VLLMValidationError, match="needs 11 KV blocks of 32, the pool has 10"):
-        setup.check_prompt_fits(config, 321)
+        arriving(321, monkeypatch, max_tokens=1)
+    arriving(321, monkeypatch, visiting=1000, max_tokens=1)
+    with pytest.raises(VLLMValidationError, match="send at most 1000 tokens"):
+        arriving(1001, monkeypatch, visiting=1000, max_tokens=1)
+    for off in ({"sentencekv": "off"}, {"sentencekv_policy": "full"}):
+        with pytest.raises(VLLMValidationError, match="cannot leave the GPU.*at most 320 tokens"):
+            arriving(321, monkeypatch, visiting=1000, extra_args=off)
+    with pytest.raises(VLLMValidationError, match="cannot leave the GPU.*at most 320 tokens"):
+        arriving(321, monkeypatch, visiting=1000, images=[object()])
+
+
+def test_an_answer_ends_where_the_memory_does(monkeypatch):
+    from vllm.exceptions import VLLMValidationError
+
+    assert arriving(300, monkeypatch, max_tokens=21).max_tokens == 21
+    assert arriving(300, monkeypatch, max_tokens=22).max_tokens == 21, "320 computed, one sampled"
+    assert arriving(300, monkeypatch, visiting=400, max_tokens=500).max_tokens == 101
+    with pytest.raises(VLLMValidationError, match="at most 290 tokens"):
+        arriving(300, monkeypatch, max_tokens=50, min_tokens=31)

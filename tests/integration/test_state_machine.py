@@ -12,6 +12,7 @@ import logging
 import os
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(
         variant=st.sampled_from(VARIANTS),
-        blocks=st.integers(20, 120),
+        blocks=st.integers(20, 120) | st.integers(20, 34),
         pages=st.integers(4, 120),
         seqs=st.integers(1, 6),
         tokens=st.sampled_from([16, 33, 64, 300]),
@@ -94,6 +95,7 @@ class Machine(RuleBasedStateMachine):
             "working_set_tokens": 16 * (budget * 2 + 2),
             "min_context_tokens": 64,
             "segmenter": "fixed",
+            "max_sentence_tokens": 32,
             "stay_dense_when_covered": covered,
             "on_pool_full": "wait" if wait else "dense",
             "sentence_tokens_per_row": rows,
@@ -108,7 +110,7 @@ class Machine(RuleBasedStateMachine):
     @rule(
         family=st.integers(0, 2),
         shared=st.integers(0, 200),
-        own=st.integers(0, 260),
+        own=st.integers(0, 260) | st.integers(0, 900),
         seed=st.integers(0, 3),
         max_tokens=st.integers(1, 120),
         salt=st.sampled_from([0, 0, 0, 1, 2]),
@@ -208,6 +210,33 @@ def test_tenants_side_by_side_read_their_own_pages(quiet, asynchronous):
             world.abort(sorted(world.lives)[0])
     world.drain()
     assert world.seen["sparse rows"] > 200 and world.seen["copied blocks"] > 200
+
+
+@pytest.mark.parametrize(
+    ("asynchronous", "wait"), [(False, "dense"), (True, "dense"), (True, "wait")]
+)
+def test_prompts_longer_than_the_pool_visit_and_all_end(quiet, asynchronous, wait):
+    """Among short ones, ends, aborts and preemptions; what visits is what the request wrote."""
+    register()
+    values = {
+        "token_budget": 68, "num_sink_tokens": 16, "recent_window": 20, "working_set_tokens": 64,
+        "min_context_tokens": 64, "segmenter": "fixed", "max_sentence_tokens": 32,
+        "on_pool_full": wait,
+    }  # fmt: skip
+    world = World(values, 36, 90, 4, 48, asynchronous)
+    admitted = world.ledger.admission
+    for n in range(60):
+        options = {"sentencekv": "off"} if n % 11 == 7 else {}
+        world.add(prompt(40 + 173 * n % 900, seed=n % 4), 2 + 7 * n % 90, n % 3 % 2, **options)
+        for _ in range(n % 9):
+            world.step()
+        if n % 13 == 12:
+            world.abort(sorted(world.lives)[0])
+        if n % 8 == 5:
+            Machine.preempt(SimpleNamespace(world=world))
+    world.drain()
+    assert admitted.visitors > 15 and world.seen["visiting rows"] > 150, world.seen
+    assert world.seen["sparse rows"] > 300 and world.seen["refused"] < 10, world.seen
 
 
 def second_turn(world):

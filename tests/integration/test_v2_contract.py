@@ -8,6 +8,7 @@ vLLM's Triton attention, which cannot, is replaced by its definition.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,6 +34,7 @@ from sentencekv_vllm.messages import (  # noqa: E402
     RequestUpdate,
     SparseRows,
     StepMessage,
+    VisitRows,
 )
 from sentencekv_vllm.ops.layer_ops import ReferenceOps  # noqa: E402
 from sentencekv_vllm.ops.load import Sizes  # noqa: E402
@@ -46,6 +48,7 @@ from sentencekv_vllm.vllm_glue.connector import (  # noqa: E402
 )
 from sentencekv_vllm.worker.prefetch import Prefetch  # noqa: E402
 from sentencekv_vllm.worker.runtime import Runtime  # noqa: E402
+from sentencekv_vllm.worker.visit_stream import VisitSideStream  # noqa: E402
 
 from ..worker.fake_streams import FakeStreams  # noqa: E402
 
@@ -114,9 +117,10 @@ class Worker:
 
     def __init__(self, ops, budget, monkeypatch, new_graph=None, query_kind=0, prefetch=None):
         generator = torch.Generator().manual_seed(3)
-        self.caches = [
-            torch.randn(BLOCKS, HEADS, N, 2 * D, generator=generator).half() for _ in range(LAYERS)
-        ]
+        whole = torch.empty(LAYERS, BLOCKS, HEADS, N, 2 * D).half()
+        for cache in whole:
+            cache.copy_(torch.randn(BLOCKS, HEADS, N, 2 * D, generator=generator))
+        self.caches = [*whole]  # vLLM's KV cache is one buffer
         for cache in self.caches:
             cache[0] = 0  # vLLM's null block
         self.exact = [cache.clone() for cache in self.caches]  # nothing is ever freed here
@@ -136,7 +140,9 @@ class Worker:
             sizes=None if new_graph is None else SIZES,
             new_graph=new_graph,
             prefetch=prefetch,
+            visits=VisitSideStream(CPU, LAYERS, FakeStreams()),
         )
+        self.visiting = False  # the chunk's second block is on the host
         self.runtime = connector.runtime
         self.patch = monkeypatch
         monkeypatch.setattr(triton_attn, "unified_attention", unified_attention)
@@ -186,7 +192,21 @@ class Worker:
             )
             restarts = np.full(1, self.step == 1)
             rows = SparseRows(slot, tail, lo, hi, length, restarts, [LONG])
-        return StepMessage(self.step, [], updates, rows, frees=self.step == 1)
+        message = StepMessage(self.step, [], updates, rows, frees=self.step == 1)
+        return self.with_visit(message) if self.visiting else message
+
+    def with_visit(self, message):
+        """The chunk's first two blocks have been copied out, and the second has been freed."""
+        updates = message.updates
+        if self.step == 1:
+            options = DecodeOptions(0, 0, 1.0, 0, 3, 0, D // 8)
+            ends = np.asarray([N, 2 * N], np.int32)
+            copied = TABLES[CHUNK][:2]
+            told = RequestUpdate(2, options, copied, [0, 1], [0, 1], ends, None, staging=[36])
+            updates = [*updates, told]
+        tail = TABLES[CHUNK][(LENGTHS[CHUNK] + (self.step - 1) * QUERIES[CHUNK] - 1) // N]
+        columns = (np.asarray([value], np.int32) for value in (2, tail, 1, 2))
+        return replace(message, updates=updates, visits=VisitRows(*columns, [CHUNK]))
 
     def run(self, order, sparse=True, named=True):
         """One step of the V2 runner; outputs by request and layer, expected ones next to it."""
@@ -206,7 +226,7 @@ class Worker:
         num_tokens = starts[-1]
         output = SimpleNamespace(
             kv_connector_metadata=SentenceKVConnectorMetadata(message),
-            has_sync_kv_loads=named and message.sparse is not None,
+            has_sync_kv_loads=named and (message.sparse is not None or self.visiting),
             finished_req_ids=set(),
             num_scheduled_tokens=dict(zip(order, counts, strict=True)),
         )
@@ -243,6 +263,9 @@ class Worker:
         if message.sparse is not None:
             for cache in self.caches:
                 cache[TABLES[LONG][HISTORY[0] : HISTORY[1]]] = float("nan")
+        if message.visits is not None:
+            for cache in self.caches:
+                cache[TABLES[CHUNK][1]] = cache[36] = float("nan")
 
     def layer(self, i, built, order, slots, starts, lengths):
         tokens = starts[-1]
@@ -387,6 +410,27 @@ def test_rows_found_by_name_are_the_rows_found_by_the_block_they_write(monkeypat
         named, unnamed = by_name.run(order), by_block.run(order, named=False)
         for (a, _), (b, _) in zip(named, unnamed, strict=True):
             assert all(torch.equal(a[r], b[r]) for r in order)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_history_on_the_host_visits_beside_sparse_and_dense_rows(monkeypatch, sparse):
+    visited, resident = (Worker(ReferenceOps(), 3, monkeypatch) for _ in range(2))
+    visited.visiting = True
+    for order in ([SHORT, CHUNK, LONG], [LONG, CHUNK]):
+        ours, stock = visited.run(order, sparse=sparse), resident.run(order, sparse=sparse)
+        assert visited.uniform_tokens is None, "no full graph has such rows"
+        for (a, expected), (b, _) in zip(ours, stock, strict=True):
+            assert all(torch.equal(a[r], b[r]) for r in order), "bit for bit"
+            torch.testing.assert_close(a[CHUNK], expected[CHUNK], atol=0.02, rtol=0.02)
+    copied = visited.report.kv_connector_stats.data["visit_bytes"]
+    assert copied == LAYERS * HEADS * N * 2 * D * 2, "one block of every layer, in float16"
+
+
+def test_a_visit_that_nobody_planned_is_an_error(monkeypatch):
+    worker = Worker(ReferenceOps(), 3, monkeypatch)
+    worker.visiting, worker.layer = True, lambda *_: None
+    with pytest.raises(RuntimeError, match="ran without them"):
+        worker.run([CHUNK], sparse=False)
 
 
 def test_dense_rows_of_a_mixed_batch_are_the_stock_rows(monkeypatch):

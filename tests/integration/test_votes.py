@@ -32,7 +32,7 @@ def elections(policy: str, chunk: int) -> tuple[list[dict], list[dict], bool]:
     settle = Settling.settle
 
     def checked(self, layer, pools):
-        g, layout = runtime.geometry, runtime._layout
+        g, layout = runtime.geometry, runtime.layout
         before = pools.cache.clone()
         settle(self, layer, pools)
         for case in self._cases:

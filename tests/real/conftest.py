@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from sentencekv_vllm.evaluation.real.models import ModelError, get_model
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "integration"))  # its `engine`, here and in its processes
 
 
 def pytest_collection_modifyitems(items):

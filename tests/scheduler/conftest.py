@@ -88,6 +88,9 @@ class Simulation:
     blocks: dict[str, list[Block]] = field(default_factory=dict)
     private: dict[str, list[Block]] = field(default_factory=dict)
     computed: dict[str, int] = field(default_factory=dict)
+    asynchronous: bool = False  # a step is scheduled before the one before it has returned
+    in_flight: dict[str, int] = field(default_factory=dict)
+    placeholders: dict[str, int] = field(default_factory=dict)  # tokens being sampled
 
     def add(self, request_id: str, prompt: int, options=OPTIONS, **state) -> None:
         request = Request(prompt, prompt)
@@ -108,17 +111,24 @@ class Simulation:
         processed = self.computed.get(request_id, 0)
         own = self.blocks.setdefault(request_id, [])
         ledger.new_step()
+        if not own and not self.is_admitted(request_id):
+            return None
         if own:
-            freed = ledger.advance(request_id, processed, own, len(self.free))
+            final = processed - self.in_flight.get(request_id, 0)
+            freed = ledger.advance(request_id, final, own, len(self.free))
             for j in range(*freed) if freed else ():
                 own[j].ref_cnt -= 1
                 if own[j].ref_cnt == 0:
                     self.free.append(own[j])
                 own[j] = Block(0)
+            kept = ledger.private_blocks(request_id)
+            self._give(self.private.get(request_id, [])[kept:])
+            del self.private.get(request_id, [])[kept:]
         missing = ledger.missing_private_blocks(request_id)
         needed = -(-(processed + tokens) // BLOCK) - len(own)
-        ledger.note_need(missing + needed, len(self.free))
-        if missing + needed > len(self.free):
+        wanted = missing + needed + ledger.promised_to_others(request_id, self.rows)
+        ledger.note_need(wanted, len(self.free))
+        if wanted > len(self.free):
             return None
         if not own:
             ledger.reserve(request_id)
@@ -132,9 +142,35 @@ class Simulation:
             {request_id: tokens},
         )
         self.computed[request_id] = processed + tokens
-        if self.computed[request_id] == request.num_tokens:
-            request.num_tokens += 1
+        request.num_tokens += self.placeholders.pop(request_id, 0)  # the step before returns
+        sampled = int(self.computed[request_id] == request.num_tokens)
+        if self.asynchronous:
+            self.in_flight[request_id], self.placeholders[request_id] = tokens, sampled
+        else:
+            request.num_tokens += sampled
         return message
+
+    def is_admitted(self, request_id: str) -> bool:
+        """What `allocate_slots` asks before a request's first blocks."""
+        ledger, free = self.ledger, len(self.free)
+        pool = ledger.free_blocks(request_id, free, self.num_blocks, self.rows)
+        needed = -(-self.requests[request_id].num_tokens // BLOCK)
+        wanted = ledger.blocks_at_admission(request_id, needed, 0, pool)
+        ledger.note_need(self.num_blocks if wanted is None else wanted, free)
+        return wanted is not None and wanted <= free
+
+    def waits(self, request_id: str) -> bool:
+        """For host pages."""
+        return self.ledger.admission.waits(self.ledger.states[request_id], self.num_blocks)
+
+    def rows(self, request_id: str) -> int:
+        """Blocks in a request's table, nulls included, and private ones."""
+        return len(self.blocks.get(request_id, ())) + len(self.private.get(request_id, ()))
+
+    def held(self, request_id: str) -> int:
+        """GPU blocks of a request."""
+        own = [b for b in self.blocks.get(request_id, ()) if b.block_id]
+        return len(own) + len(self.private.get(request_id, ()))
 
     def prefill(self, request_id: str, chunk: int = 1000) -> list[StepMessage]:
         """Schedule the prompt in chunks, and the generated tokens of a resumed request."""
@@ -148,21 +184,27 @@ class Simulation:
         return messages
 
     def left(self, request_id: str) -> int:
-        return self.requests[request_id].num_tokens - self.computed.get(request_id, 0)
+        known = self.requests[request_id].num_tokens + self.placeholders.get(request_id, 0)
+        return known - self.computed.get(request_id, 0)
 
     def end(self, request_id: str, finished: bool = True) -> None:
         """Finish or preempt."""
         self.requests[request_id].finished = finished
-        for block in self.blocks.pop(request_id, []) + self.private.pop(request_id, []):
+        self._give(self.blocks.pop(request_id, []) + self.private.pop(request_id, []))
+        self.ledger.release(request_id)
+        self.computed.pop(request_id, None)
+        self.in_flight.pop(request_id, None)
+        self.placeholders.pop(request_id, None)
+        if finished:
+            self.ledger.forget(request_id)
+            del self.requests[request_id]
+
+    def _give(self, blocks: list[Block]) -> None:
+        for block in blocks:
             if block.block_id:
                 block.ref_cnt -= 1
                 if block.ref_cnt == 0:
                     self.free.append(block)
-        self.ledger.release(request_id)
-        self.computed.pop(request_id, None)
-        if finished:
-            self.ledger.forget(request_id)
-            del self.requests[request_id]
 
     def _draw(self, count: int) -> list[Block]:
         drawn = [self.free.pop(0) for _ in range(count)]
@@ -181,9 +223,13 @@ class Simulation:
         )
 
 
-def start(num_blocks: int = 200, num_pages: int = 200, **limits) -> Simulation:
+def start(
+    num_blocks: int = 200, num_pages: int = 200, asynchronous: bool = False, **limits
+) -> Simulation:
     ledger = Ledger(replace(LIMITS, **limits), PagePool(num_pages), Segmentation())
-    return Simulation(ledger, [Block(i) for i in range(1, num_blocks + 1)], num_blocks)
+    return Simulation(
+        ledger, [Block(i) for i in range(1, num_blocks + 1)], num_blocks, asynchronous=asynchronous
+    )
 
 
 @pytest.fixture(scope="session")

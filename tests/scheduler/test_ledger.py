@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sentencekv_vllm.messages import DecodeOptions, StepReport
 from sentencekv_vllm.scheduler.reasons import Reason
+from sentencekv_vllm.scheduler.visit_room import VisitRoom
 from sentencekv_vllm.types import QueryKind
 
 PROMPT = 101  # 25 full blocks of 4 and one token
@@ -214,12 +215,12 @@ def test_with_wait_a_request_waits_for_pages_unless_it_can_never_get_them(simula
     sim = simulate(num_pages=40, wait_for_pages=True)
     for name, prompt in (("a", PROMPT), ("b", PROMPT), ("huge", 400)):
         sim.add(name, prompt)
-    assert not sim.ledger.must_wait("a")
+    assert not sim.waits("a")
     sim.prefill("a")
-    assert sim.ledger.must_wait("b"), "25 pages are reserved, 15 are left"
-    assert not sim.ledger.must_wait("huge"), "100 pages will never be there"
+    assert sim.waits("b"), "25 pages are reserved, 15 are left"
+    assert not sim.waits("huge"), "100 pages will never be there"
     sim.end("a")
-    assert not sim.ledger.must_wait("b")
+    assert not sim.waits("b")
     sim.prefill("b")
     assert sim.step("b", 1).sparse is not None
 
@@ -439,25 +440,32 @@ MOVES = st.lists(
     st.tuples(
         st.sampled_from(["add", "step", "step", "step", "finish", "preempt"]),
         st.integers(0, 7),
-        st.integers(1, 140),
+        st.integers(1, 400),
     ),
     max_size=80,
 )
 
 
 @settings(max_examples=150, deadline=None)
-@given(MOVES, st.integers(10, 200), st.booleans(), st.integers(1, 3))
+@given(MOVES, st.integers(10, 200), st.booleans(), st.integers(1, 3), st.booleans())
 def test_whatever_happens_nothing_is_shared_and_all_comes_back(
-    simulate, moves, num_pages, wait, rows_per_page
+    simulate, moves, num_pages, wait, rows_per_page, visits
 ):
-    sim = simulate(num_pages=num_pages, wait_for_pages=wait, rows_per_page=rows_per_page)
+    room = VisitRoom(4, 4, 1, 1, 6, 7, 140, 5) if visits else None
+    sim = simulate(
+        num_blocks=60 if visits else 200,
+        num_pages=num_pages,
+        wait_for_pages=wait,
+        rows_per_page=rows_per_page,
+        visit_room=room,
+    )
     seen: dict[int, int] = {}
     for move, who, size in moves:
         name = f"r{who}"
         if move == "add" and name not in sim.requests:
             sim.add(name, size, options=BLOCK_GROUPS if who % 2 else OPTIONS)
         elif move == "step" and name in sim.requests:
-            message = sim.step(name, min(size, sim.left(name)))
+            message = sim.step(name, min(size % 140 + 1, sim.left(name)))
             if message is None:
                 sim.end(name, finished=False)
                 continue

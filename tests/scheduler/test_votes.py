@@ -138,7 +138,7 @@ def test_cached_tokens_are_reused_up_to_the_first_voting_one(simulate):
 def test_compaction_waits_for_no_host_page(simulate):
     sim = simulate(num_pages=1, wait_for_pages=True)
     sim.add("a", PROMPT, options=VOTING)
-    assert not sim.ledger.must_wait("a")
+    assert not sim.waits("a")
     sim.prefill("a", 32)
     assert sim.step("a", 1).sparse is not None
     assert np.all(sim.step("a", 1).sparse.seq_lens == PROMPT + 2)

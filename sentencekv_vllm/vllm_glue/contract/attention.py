@@ -107,6 +107,27 @@ ROWS: tuple[Name, ...] = (
     ),
     *of(
         "v1/attention/backends/cpu_attn.py",
+        "CPUAttentionMetadata",
+        "vllm_glue/metadata.py",
+        How.SET,
+        ("block_table",),
+    ),
+    *of(
+        "v1/attention/backends/flash_attn.py",
+        "FlashAttentionMetadata",
+        "vllm_glue/metadata.py",
+        How.SET,
+        ("block_table",),
+    ),
+    *of(
+        "v1/attention/backends/triton_attn.py",
+        "TritonAttentionMetadata",
+        "vllm_glue/metadata.py",
+        How.SET,
+        ("block_table",),
+    ),
+    *of(
+        "v1/attention/backends/cpu_attn.py",
         "CPUAttentionBackendImpl",
         "vllm_glue/impl.py",
         How.OVERRIDDEN,

@@ -32,7 +32,11 @@ ROWS: tuple[Name, ...] = (
         How.WRAPPED,
         {
             "_validate_params": "self, params, supported_tasks",
-            "_validate_prompt_len": "self, prompt_len, prompt_type",
+            "process_inputs": (
+                "self, request_id, prompt, params, supported_tasks, arrival_time=None, "
+                "lora_request=None, tokenization_kwargs=None, trace_headers=None, priority=0, "
+                "data_parallel_rank=None, resumable=False, session_id=None, kv_hints=None"
+            ),
         },
     ),
     *of(
@@ -41,6 +45,19 @@ ROWS: tuple[Name, ...] = (
         "vllm_glue/compat.py",
         How.READ,
         ("vllm_config",),
+    ),
+    *of(
+        "v1/engine/__init__.py",
+        "EngineCoreRequest",
+        "vllm_glue/request_limits.py",
+        How.READ,
+        (
+            "prompt_token_ids",
+            "prompt_embeds",
+            "mm_features",
+            "resumable",
+            "sampling_params",
+        ),
     ),
     *of(
         "exceptions.py",
@@ -82,6 +99,13 @@ ROWS: tuple[Name, ...] = (
         "config/vllm.py", "VllmConfig", "vllm_glue/worker_side.py", How.READ, ("scheduler_config",)
     ),
     *of(
+        "config/vllm.py",
+        "VllmConfig",
+        "vllm_glue/visit_room.py",
+        How.READ,
+        ("max_in_flight_tokens",),
+    ),
+    *of(
         "config/parallel.py",
         "ParallelConfig",
         "vllm_glue/setup.py",
@@ -106,8 +130,14 @@ ROWS: tuple[Name, ...] = (
             "prefix_match_unit",
             "block_size",
             "user_specified_block_size",
-            "num_gpu_blocks",
         ),
+    ),
+    *of(
+        "config/cache.py",
+        "CacheConfig",
+        "vllm_glue/request_limits.py",
+        How.READ,
+        ("num_gpu_blocks",),
     ),
     *of(
         "config/model.py",
@@ -151,6 +181,13 @@ ROWS: tuple[Name, ...] = (
         ),
     ),
     *of(
+        "config/scheduler.py",
+        "SchedulerConfig",
+        "vllm_glue/visit_room.py",
+        How.READ,
+        ("scheduler_reserve_full_isl",),
+    ),
+    *of(
         "config/attention.py",
         "AttentionConfig",
         "vllm_glue/setup.py",
@@ -189,6 +226,13 @@ ROWS: tuple[Name, ...] = (
     ),
     *of("sampling_params.py", "SamplingParams", "vllm_glue/compat.py", How.READ, ("extra_args",)),
     *of("sampling_params.py", "SamplingParams", "vllm_glue/scheduler_side.py", How.READ, ("seed",)),
+    *of(
+        "sampling_params.py",
+        "SamplingParams",
+        "vllm_glue/request_limits.py",
+        How.READ,
+        ("max_tokens", "min_tokens"),
+    ),
     *of(
         "v1/sample/logits_processor/__init__.py",
         "AdapterLogitsProcessor",

@@ -102,7 +102,6 @@ ROWS: tuple[Name, ...] = (
         (
             "block_pool",
             "req_to_blocks",
-            "num_cached_block",
         ),
     ),
     *of(
@@ -111,6 +110,7 @@ ROWS: tuple[Name, ...] = (
         "vllm_glue/manager.py",
         How.CALLED,
         {
+            "free_blocks": "self, ordered_blocks",
             "get_new_blocks": "self, num_blocks",
             "get_num_free_blocks": "self",
         },
@@ -146,6 +146,22 @@ ROWS: tuple[Name, ...] = (
         {
             "merge": "cls, specs",
         },
+    ),
+    *of(
+        "v1/kv_cache_interface.py",
+        "FullAttentionSpec",
+        "vllm_glue/spec.py",
+        How.OVERRIDDEN,
+        {
+            "max_memory_usage_bytes": "self, vllm_config",
+        },
+    ),
+    *of(
+        "v1/kv_cache_interface.py",
+        "AttentionSpec",
+        "vllm_glue/spec.py",
+        How.READ,
+        ("page_size_bytes",),
     ),
     *of(
         "v1/kv_cache_interface.py",

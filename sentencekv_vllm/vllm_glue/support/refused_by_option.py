@@ -144,7 +144,7 @@ BY_OPTION: dict[str, Entry] = {
         "the answer says the rule and the value",
     ),
     "prompt size": Entry(
-        "a prompt that the KV pool can never hold",
+        "a prompt that neither the KV pool nor the swap pool can hold",
         Kind.BY_REQUEST,
         "vLLM's queue would wait for ever",
         (f"{REFUSALS}::test_prompts_that_never_fit_are_refused_with_the_numbers",),

@@ -31,6 +31,11 @@ SERVED: tuple[Entry, ...] = (
         f"{T}/test_preemption.py::test_preempted_and_resumed_under_full_equals_dense",
     ),
     _served(
+        "prompts longer than the KV pool",
+        "their history waits in the swap pool and is attended to exactly, layer by layer",
+        f"{T}/test_visits.py::test_a_prompt_of_four_pools_and_more",
+    ),
+    _served(
         "tensor parallelism",
         "each rank holds its heads, all have one set of books",
         f"{T}/test_tensor_parallel.py"

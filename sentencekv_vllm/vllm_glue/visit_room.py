@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a request this server can hold: on the GPU, or with its history on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.platforms import current_platform
+
+from ..config import ConfigError
+from ..resolved import ResolvedConfig, blocks
+from ..scheduler.visit_room import VisitRoom
+from ..worker.visit_stream import VisitSideStream, VisitsInProgramOrder
+
+
+def visit_room(vllm_config: Any, resolved: ResolvedConfig) -> VisitRoom | None:
+    """The formula of this server; None where every prompt must fit on the GPU.
+
+    That is where it is switched off, where vLLM admits a request before all of it fits, where
+    pages are no byte copies (the prefill would not be exact), and where the policy reads the
+    whole prompt on the device when it has been prefilled.
+    """
+    config, policy = resolved.config, resolved.policy
+    scheduler = vllm_config.scheduler_config
+    if (
+        not config.visits
+        or not scheduler.scheduler_reserve_full_isl
+        or resolved.host_format is not None
+        or policy.settlement is not None
+        or policy.keeps_all
+    ):
+        return None
+    side = VisitsInProgramOrder if current_platform.is_cpu() else VisitSideStream
+    return VisitRoom(
+        block_size=resolved.block_size,
+        num_layers=resolved.num_layers,
+        halves=side.halves,
+        sink_blocks=resolved.sink_blocks,
+        recent_tokens=config.recent_window,
+        max_sentence_tokens=config.max_sentence_tokens,
+        in_flight_tokens=vllm_config.max_in_flight_tokens,
+        working_set_blocks=resolved.working_set_blocks,
+    )
+
+
+def blocks_for(vllm_config: Any, resolved: ResolvedConfig, tokens: int) -> int:
+    """GPU blocks that must be there for a request of `tokens` tokens."""
+    whole, room = blocks(tokens, resolved.block_size), visit_room(vllm_config, resolved)
+    if room is None or whole > resolved.num_pages:
+        return whole
+    return min(whole, room.floor(tokens))
+
+
+def check_pool(vllm_config: Any, resolved: ResolvedConfig, num_blocks: int) -> None:
+    """At start-up: one request of max_model_len can be served.
+
+    Args:
+        num_blocks: of vLLM's pool, the null block included.
+
+    Raises:
+        ConfigError: with the numbers needed.
+    """
+    tokens, usable = vllm_config.model_config.max_model_len, num_blocks - 1
+    needed = blocks_for(vllm_config, resolved, tokens)
+    if needed > usable:
+        raise ConfigError(
+            f"a request of max_model_len {tokens} needs {needed} KV blocks of "
+            f"{resolved.block_size}, the pool has {usable}{_on_the_host(vllm_config, resolved)}: "
+            f"set --max-model-len {Capacity.of(vllm_config, resolved, usable).longest}, or give "
+            "the pool more memory (--gpu-memory-utilization, --kv-cache-memory-bytes)"
+        )
+
+
+def _on_the_host(vllm_config: Any, resolved: ResolvedConfig) -> str:
+    if visit_room(vllm_config, resolved) is None:
+        return ""
+    return f" and the swap pool {resolved.num_pages} pages (host_pool_gib)"
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Tokens of the longest request, prompt and answer, by how it is served."""
+
+    resident: int  # all of it on the GPU
+    visiting: int  # its history on the host; 0: not on this server
+
+    @classmethod
+    def of(cls, vllm_config: Any, resolved: ResolvedConfig, usable: int) -> Capacity:
+        """With `usable` GPU blocks."""
+        room = visit_room(vllm_config, resolved)
+        visiting = 0 if room is None else room.longest(usable, resolved.num_pages)
+        return cls(usable * resolved.block_size, visiting)
+
+    @property
+    def longest(self) -> int:
+        return max(self.resident, self.visiting)
