@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..plan.machine import DEVICE_BANDWIDTH, LINK_BANDWIDTH
-from .complaint import MISUSED, complain
+from ..plan.machine import CHUNK_TOKENS, DEVICE_BANDWIDTH, LINK_BANDWIDTH
+from .complaint import FAILED, MISUSED, complain
 
 GB = 1e9
 
@@ -36,6 +36,9 @@ def plan(
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Workers of the host.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of weights and KV: auto, bfloat16, ...")] = "auto",
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV block.")] = 32,
+    chunk: Annotated[
+        int, typer.Option(min=1, help="Tokens of a prefill step: --max-num-batched-tokens.")
+    ] = CHUNK_TOKENS,
     device_bandwidth: Annotated[
         float, typer.Option(min=1, help="GB/s of the GPU's memory; default: an H200's.")
     ] = DEVICE_BANDWIDTH / GB,
@@ -82,12 +85,22 @@ def plan(
             kv_cache_bytes=None if kv_cache_gib is None else int(kv_cache_gib * GIB),
             device_bandwidth=GB * device_bandwidth,
             link_bandwidth=GB * link_bandwidth,
+            chunk_tokens=chunk,
         )
         length = min(shape.max_context, 32768) if context is None else context
         made = make_plan(shape, machine, length, config, block_size)
     except (ConfigError, PlanError) as error:
         complain("sentencekv plan", str(error))
         return MISUSED
+    if not (made.capacity.sparse_requests or made.capacity.dense_requests):
+        complain(
+            "sentencekv plan",
+            f"one request of {length} tokens needs {made.need.prefill_blocks} KV blocks and "
+            f"{made.need.host_pages} host pages, there is room for {made.capacity.kv_blocks} and "
+            f"{made.resolved.num_pages}: raise --gpu-memory-gib, --host-memory-gib or "
+            "--tensor-parallel, or lower --context or --chunk",
+        )
+        return FAILED
     if as_json:
         print(json.dumps(report.numbers(made), indent=2))
     elif as_yaml:
