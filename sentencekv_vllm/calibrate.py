@@ -38,10 +38,12 @@ def parser() -> Parser:
     found.add_argument(
         "--text", type=Path, required=True, help="a file in UTF-8, like your prompts"
     )
-    found.add_argument("--tokens", type=int, default=8192, help="of it, at most (default: 8192)")
-    found.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
-    found.add_argument("--dtype", default="auto")
-    found.add_argument("--block-size", type=int, metavar="TOKENS", help="(default: vLLM's)")
+    found.add_argument("--tokens", type=int, default=8192, help="of it, at most")
+    found.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="workers")
+    found.add_argument("--dtype", default="auto", help="of weights and KV")
+    found.add_argument(
+        "--block-size", type=int, metavar="TOKENS", help="of a KV block; default: vLLM's"
+    )
     found.add_argument(
         "--engine",
         type=json.loads,

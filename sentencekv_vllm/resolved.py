@@ -72,6 +72,15 @@ class ResolvedConfig:
     def index_bytes(self) -> int:
         return self.num_pages * self.index_page_bytes
 
+    @property
+    def histories_may_visit(self) -> bool:
+        """A prompt need not fit on the GPU: pages are byte copies, so the prefill stays exact, and
+        the policy does not read the whole prompt there when it has been prefilled."""
+        policy = self.policy
+        exact = self.host_format is None
+        reads_all = policy.settlement is not None or policy.keeps_all
+        return self.config.visits and exact and not reads_all
+
     def layer_blocks(self, policy: SelectionPolicy, budget_blocks: int) -> tuple[int, ...]:
         """A budget by layer, each within the working set; () where all layers have the same."""
         if not policy.layer_weights or not budget_blocks:

@@ -49,10 +49,15 @@ def test_help_names_every_argument_with_its_default(name, capsys, monkeypatch):
     parser.print_help()
     text = capsys.readouterr().out
     for action in parser._actions:
-        for word in action.option_strings:
-            assert word in text or word in ("-h", "--help")
-        if action.default not in (None, [], False, "==SUPPRESS=="):
-            assert "[default: " in text
+        if "--help" in action.option_strings:
+            continue
+        assert all(word in text for word in action.option_strings)
+        words = (action.help or "").split()[:3]
+        assert " ".join(words)[1:].rstrip(".") in text, action.help
+        if action.default not in (None, [], {}, False):
+            assert f"default: {str(action.default).split(',')[0]}" in text or (
+                "default: " in action.help or isinstance(action.default, tuple)
+            )
     if parser.epilog:
         assert parser.epilog in text
 

@@ -36,10 +36,7 @@ class Parser(argparse.ArgumentParser):
         """Description and epilogue, as rich's markup."""
         from rich.markup import escape
 
-        parts = [text.strip() for text in (self.description, self.epilog) if text]
-        if self.formatter_class is argparse.RawDescriptionHelpFormatter:
-            parts = [part.replace("\n", "\n\n") for part in parts]
-        return escape("\n\n".join(parts))
+        return escape("\n\n".join(text for text in (self.description, self.epilog) if text))
 
     def as_function(self) -> Callable[..., int]:
         """A function with a parameter for each argument, from which typer makes help and
@@ -61,12 +58,10 @@ class Parser(argparse.ArgumentParser):
 
 def _parameter(action: argparse.Action, panel: str) -> inspect.Parameter:
     import typer
-    from rich.markup import escape
 
-    shown = "" if action.default in (None, [], False) else _text(action.default)
     options: dict[str, Any] = {
-        "help": escape(action.help or ""),
-        "show_default": escape(shown) or False,
+        "help": _help(action),
+        "show_default": False,  # it stands in the help, where it is not cut off
         "rich_help_panel": panel,
     }
     kind: Any = str
@@ -91,6 +86,14 @@ def _parameter(action: argparse.Action, panel: str) -> inspect.Parameter:
     )
 
 
-def _text(value: object) -> str:
-    """A default as it is typed."""
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+def _help(action: argparse.Action) -> str:
+    """A sentence, as the help of typer's own commands is, and the default unless it has said so."""
+    from rich.markup import escape
+
+    text, value = action.help or "", action.default
+    text = text[:1].upper() + text[1:].rstrip(".") + "." * bool(text)
+    if value in (None, [], {}, False) or "default:" in text:
+        return escape(text)
+    shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    shown = shown.replace(",", ", ")  # lines break at spaces
+    return f"{escape(text)} [dim]{escape(f'[default: {shown}]')}[/dim]".strip()

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .complaint import MISUSED, complain
+from ..plan.machine import CHUNK_TOKENS, DEVICE_BANDWIDTH, LINK_BANDWIDTH
+from .complaint import FAILED, MISUSED, complain
 
-DEVICE_GBS, LINK_GBS = 4800.0, 50.0
+GB = 1e9
 
 
 def plan(
@@ -35,12 +36,15 @@ def plan(
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Workers of the host.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of weights and KV: auto, bfloat16, ...")] = "auto",
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV block.")] = 32,
+    chunk: Annotated[
+        int, typer.Option(min=1, help="Tokens of a prefill step: --max-num-batched-tokens.")
+    ] = CHUNK_TOKENS,
     device_bandwidth: Annotated[
         float, typer.Option(min=1, help="GB/s of the GPU's memory; default: an H200's.")
-    ] = DEVICE_GBS,
+    ] = DEVICE_BANDWIDTH / GB,
     link_bandwidth: Annotated[
         float, typer.Option(min=0.1, help="GB/s from host to GPU; default: measured on an H200.")
-    ] = LINK_GBS,
+    ] = LINK_BANDWIDTH / GB,
     as_json: Annotated[
         bool, typer.Option("--json", help="All numbers as one JSON object.")
     ] = False,
@@ -79,14 +83,24 @@ def plan(
             host_bytes=host,
             tensor_parallel=tensor_parallel,
             kv_cache_bytes=None if kv_cache_gib is None else int(kv_cache_gib * GIB),
-            device_bandwidth=1e9 * device_bandwidth,
-            link_bandwidth=1e9 * link_bandwidth,
+            device_bandwidth=GB * device_bandwidth,
+            link_bandwidth=GB * link_bandwidth,
+            chunk_tokens=chunk,
         )
         length = min(shape.max_context, 32768) if context is None else context
         made = make_plan(shape, machine, length, config, block_size)
     except (ConfigError, PlanError) as error:
         complain("sentencekv plan", str(error))
         return MISUSED
+    if not (made.capacity.sparse_requests or made.capacity.dense_requests):
+        complain(
+            "sentencekv plan",
+            f"one request of {length} tokens needs {made.need.prefill_blocks} KV blocks and "
+            f"{made.need.host_pages} host pages, there is room for {made.capacity.kv_blocks} and "
+            f"{made.resolved.num_pages}: raise --gpu-memory-gib, --host-memory-gib or "
+            "--tensor-parallel, or lower --context or --chunk",
+        )
+        return FAILED
     if as_json:
         print(json.dumps(report.numbers(made), indent=2))
     elif as_yaml:

@@ -9,7 +9,7 @@ from typing import Any
 from .builds import builds
 from .finding import Finding, State
 from .memory import memory
-from .self_test import broken, self_test, skipped, start_ours
+from .self_test import broken, self_test, skipped, start_engines
 from .serving import ProbeError, api_process, importable, registered, supported
 from .versions import versions
 
@@ -20,15 +20,15 @@ def checkup(with_self_test: bool) -> Iterator[Finding]:
     yield from installed
     if any(f.state is State.BROKEN and f.name in ("torch", "vllm") for f in installed):
         return
-    ours: dict[str, Any] | None = None
+    answers: dict[str, Any] | None = None
     failure: ProbeError | None = None
     try:
         if with_self_test:
-            ours = start_ours()
+            answers = start_engines()
     except ProbeError as error:
         failure = error
     try:
-        facts = ours["api"] if ours else api_process()
+        facts = answers["api"] if answers else api_process()
     except ProbeError as error:
         yield importable(error)
         return
@@ -36,7 +36,7 @@ def checkup(with_self_test: bool) -> Iterator[Finding]:
     yield registered("API", facts)
     yield from builds(facts["cuda"])
     yield from memory(facts["cuda"])
-    if ours is not None:
-        yield from self_test(ours)
+    if answers is not None:
+        yield from self_test(answers)
     else:
         yield from [broken(failure)] if failure else skipped()

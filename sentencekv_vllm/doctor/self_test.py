@@ -18,28 +18,29 @@ def skipped() -> list[Finding]:
     return [Finding(name, State.UNKNOWN, note) for name in names]
 
 
-def start_ours() -> dict[str, Any]:
-    """Answer of an engine with our backend, and what its processes say.
+def start_engines() -> dict[str, Any]:
+    """Answer of an engine with our backend and what its processes say; under `stock` that of
+    vLLM's own, or its error.
 
     Raises:
-        ProbeError: it did not start, or did not answer.
+        ProbeError: ours did not start, or did not answer.
     """
-    return probe(SELF_TEST, "sentencekv")
+    return probe(SELF_TEST)
 
 
 def broken(error: ProbeError) -> Finding:
-    fix = f"python -P -m {SELF_TEST} sentencekv answer.json shows the whole log"
+    fix = f"python -P -m {SELF_TEST} answer.json shows the whole log"
     return Finding(NAME, State.BROKEN, f"no engine with our backend: {error}", fix)
 
 
-def self_test(ours: dict[str, Any]) -> list[Finding]:
-    """What the answer says, and the same prompt to vLLM's own backend, in one process."""
-    findings = [*processes(ours), runs_here(ours["worker"])]
-    try:
-        stock = probe(SELF_TEST, "stock", VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    except ProbeError as error:
-        return [*findings, Finding(NAME, State.UNKNOWN, f"no engine of vLLM's own: {error}")]
-    return [*findings, compared(ours, stock)]
+def self_test(answers: dict[str, Any]) -> list[Finding]:
+    """What the answers say."""
+    findings = [*processes(answers), runs_here(answers["worker"])]
+    stock = answers["stock"]
+    if "error" in stock:
+        found = f"no engine with vLLM's own backend: {stock['error']}"
+        return [*findings, Finding(NAME, State.UNKNOWN, found)]
+    return [*findings, compared(answers, stock)]
 
 
 def processes(ours: dict[str, Any]) -> list[Finding]:

@@ -23,7 +23,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # equal work then gives equal bits
     "VLLM_CPU_ATTN_SPLIT_KV": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function of ours is sent to our own worker
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -34,20 +33,20 @@ class ProbeError(RuntimeError):
     """A process ended without an answer; the message is the last line that it printed."""
 
 
-def probe(module: str, *arguments: str, **environment: str) -> dict[str, Any]:
-    """What `python -m module ... FILE` wrote to the file as JSON, and its `log`.
+def probe(module: str) -> dict[str, Any]:
+    """What `python -m module FILE` wrote to the file as JSON, and its `log`.
 
     Raises:
         ProbeError: it wrote nothing.
     """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
-        command = [sys.executable, "-P", "-m", module, *arguments, str(answer)]
+        command = [sys.executable, "-P", "-m", module, str(answer)]
         inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         try:
             done = subprocess.run(
                 command,
-                env=inherited | ENVIRONMENT | environment,
+                env=inherited | ENVIRONMENT,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -93,14 +93,25 @@ def parser(description: str = DESCRIPTION) -> Parser:
     every = ",".join(ALL_TASKS)
     known = [*ALL_TASKS, *TEXT_TASKS, FAMILY, *REAL_TASKS, NO_TASKS]
     add("--tasks", type=_tasks, default=every, help=f"of {', '.join(known)}")
-    add("--styles", type=_names(STYLES), default=",".join(DEFAULT_STYLES))
+    add(
+        "--styles",
+        type=_names(STYLES),
+        default=",".join(DEFAULT_STYLES),
+        help=f"of {', '.join(STYLES)}",
+    )
     add("--contexts", type=_sizes, default="4096", help="prompt tokens of the tasks")
-    add("--data", action="append", default=[], metavar="FORMAT:FILE", help=", ".join(FORMATS))
+    add(
+        "--data",
+        action="append",
+        default=[],
+        metavar="FORMAT:FILE",
+        help=f"of {', '.join(FORMATS)}",
+    )
     add(
         "--policies",
         type=_policies,
         default=f"{DENSE},sentencekv,sentencekv-paper,streaming",
-        help=f"{ALL}, or names; with options of the request: sentencekv+query=previous",
+        help=f"names, or {ALL}; with options of the request: sentencekv+query=previous",
     )
     add("--ablation", action="store_true", help="and the rankings of evaluation.variant")
     add("--budgets", type=_sizes, default="256", help="tokens attended, of each policy")
@@ -114,7 +125,8 @@ def parser(description: str = DESCRIPTION) -> Parser:
         "--model",
         type=_model,
         default=str(MODEL),
-        help=f"folder or name; {', '.join(MODELS)} where get-model has put them",
+        help=f"folder or name; {', '.join(MODELS)} where get-model has put them; default: the "
+        "embedded one",
     )
     add("--server", metavar="URL", help="of a running vllm serve, in place of an engine here")
     add("--batch", type=int, default=1, help="questions at a time, each in all variants")
@@ -127,12 +139,21 @@ def parser(description: str = DESCRIPTION) -> Parser:
     add("--recent", type=int, default=32, help="last tokens, part of the budget")
     add("--working-set", type=int, help="tokens; default: 512, or the largest budget")
     add("--block-size", type=int, default=32, help="tokens")
-    add("--dtype", default="auto", help="float32 is several times as fast on CPUs without AVX-512")
+    add(
+        "--dtype",
+        default="auto",
+        help="of weights and KV; float32 is several times as fast on CPUs without AVX-512",
+    )
     # Not spaCy, which works beside the engine: whether a request's first steps still run
     # densely would depend on the machine's load.
-    add("--segmenter", choices=("punctuation", "fixed"), default="punctuation")
-    add("--host-pool-gib", type=float, default=1.0)
-    add("--kv-cache-gib", type=float, default=0.5)
+    add(
+        "--segmenter",
+        choices=("punctuation", "fixed"),
+        default="punctuation",
+        help="who cuts prompts into sentences",
+    )
+    add("--host-pool-gib", type=float, default=1.0, help="swap pool")
+    add("--kv-cache-gib", type=float, default=0.5, help="KV memory of the device")
     add("--max-prompt-tokens", type=int, help="default: the longest context")
     add(
         "--set",

@@ -6,22 +6,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..resolved import ResolvedConfig, blocks
+from ..scheduler.visit_room import VisitRoom
+from .machine import Machine
 
 
 @dataclass(frozen=True)
 class Need:
     """Of one request, in blocks of one worker."""
 
-    dense_blocks: int  # its KV, or that of a prompt that is being prefilled
+    dense_blocks: int  # its KV
+    prefill_blocks: int  # while it is prefilled, its history in the swap pool if need be
     sparse_blocks: int  # while it decodes sparsely, at most
     host_pages: int
 
     @classmethod
-    def of(cls, context: int, resolved: ResolvedConfig) -> Need:
+    def of(cls, context: int, resolved: ResolvedConfig, machine: Machine) -> Need:
         """Args: context: tokens of prompt and answer."""
-        dense = blocks(context, resolved.block_size)
+        dense, config = blocks(context, resolved.block_size), resolved.config
+        room = VisitRoom(
+            block_size=resolved.block_size,
+            num_layers=resolved.num_layers,
+            halves=machine.staging_halves,
+            sink_blocks=resolved.sink_blocks,
+            recent_tokens=config.recent_window,
+            max_sentence_tokens=config.max_sentence_tokens,
+            in_flight_tokens=machine.batches_in_flight * machine.chunk_tokens,
+            working_set_blocks=resolved.working_set_blocks,
+        )
+        visits = resolved.histories_may_visit
         return cls(
             dense_blocks=dense,
+            prefill_blocks=min(dense, room.floor(context)) if visits else dense,
             sparse_blocks=min(dense, resolved.resident_blocks),
             host_pages=context // resolved.block_size,  # every full block, see scheduler/copying
         )
@@ -42,8 +57,8 @@ def dense_requests(need: Need, kv_blocks: int) -> int:
 
 
 def sparse_requests(need: Need, kv_blocks: int) -> int:
-    """While the last of them is prefilled, the whole prompt is on the GPU."""
-    room = kv_blocks - 1 - need.dense_blocks
+    """The last of them is being prefilled, which takes more blocks than decoding."""
+    room = kv_blocks - 1 - need.prefill_blocks
     return 0 if room < 0 else 1 + room // need.sparse_blocks
 
 
@@ -53,7 +68,7 @@ def requests_with_index(
     """Sparse requests whose blocks and index fit into memory that both share: each adds its
     resident blocks and the index of its host pages."""
     index = need.host_pages * resolved.index_page_bytes
-    first = (1 + need.dense_blocks) * block_bytes + index
+    first = (1 + need.prefill_blocks) * block_bytes + index
     if device_bytes < first:
         return 0
     return 1 + (device_bytes - first) // (need.sparse_blocks * block_bytes + index)

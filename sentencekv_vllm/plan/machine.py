@@ -10,6 +10,7 @@ GIB = 2**30
 GPU_SHARE = 0.92  # vLLM's own --gpu-memory-utilization
 HOST_SHARE = 0.9  # of the host's free memory, for the swap pools of all workers
 RESERVE_BYTES = 3 * GIB  # activations, CUDA graphs and the context of the driver; an assumption
+CHUNK_TOKENS = 8192  # vLLM's own on GPUs of 70 GiB and more
 DEVICE_BANDWIDTH = 4.8e12  # bytes/s, by the data sheet of an H200
 LINK_BANDWIDTH = 50e9  # bytes/s, what swap-in reached on one (docs/performance.md)
 
@@ -24,6 +25,9 @@ class Machine:
     kv_cache_bytes: int | None = None  # of one worker; None: what the GPU's memory leaves
     device_bandwidth: float = DEVICE_BANDWIDTH  # bytes/s
     link_bandwidth: float = LINK_BANDWIDTH  # bytes/s, from host to device
+    chunk_tokens: int = CHUNK_TOKENS  # of a prefill step: --max-num-batched-tokens
+    batches_in_flight: int = 2  # asynchronous scheduling
+    staging_halves: int = 2  # copies beside attention; 1 on a CPU, see scheduler/visit_room
 
     @property
     def pool_bytes(self) -> int:

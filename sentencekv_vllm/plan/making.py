@@ -80,13 +80,19 @@ def make_plan(
 
     if pool_is_given:
         resolved = settled(config.host_pool_gib)
-        need = Need.of(context, resolved)
+        need = Need.of(context, resolved, machine)
     else:
-        largest = settled(max(machine.pool_bytes, 1) / GIB)
-        need = Need.of(context, largest)
+        most = math.floor(100 * machine.pool_bytes / GIB) / 100
+        if not most:
+            raise PlanError(
+                f"{machine.host_bytes / GIB:.2f} GiB of host memory for {machine.tensor_parallel} "
+                "worker(s) hold no swap pool: give --host-memory-gib more"
+            )
+        largest = settled(most)
+        need = Need.of(context, largest, machine)
         fitting = _fit(need, largest, block_bytes, machine, device_bytes)
-        pages = max(1, min(fitting, largest.num_pages // max(1, need.host_pages))) * need.host_pages
-        resolved = settled(math.ceil(100 * pages * largest.page_bytes / GIB) / 100)
+        wanted = math.ceil(100 * fitting * need.host_pages * largest.page_bytes / GIB) / 100
+        resolved = settled(min(most, wanted)) if fitting else largest
     kv_bytes = machine.bytes_for_kv(model.weight_bytes, resolved.index_bytes)
     kv_blocks = kv_bytes // block_bytes
     by_host = resolved.num_pages // max(1, need.host_pages)

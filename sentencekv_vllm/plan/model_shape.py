@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.real.models import full_name, models_folder
 from ..vllm_glue.support import REFUSED
 from .error import PlanError
 
@@ -37,7 +38,8 @@ class ModelShape:
 
 
 def read_model(model: str, dtype: str) -> ModelShape:
-    """From a folder, a `config.json`, or a name that transformers finds in its cache or on its hub.
+    """From a folder, a `config.json`, or a name: of `evaluation.real.models`, or one that
+    transformers finds in its cache or on its hub.
 
     Args:
         dtype: `auto` for the model's own; vLLM halves one of 32 bits.
@@ -52,9 +54,10 @@ def read_model(model: str, dtype: str) -> ModelShape:
             f"a model's configuration is read by transformers, which is missing ({error}): "
             "pip install transformers"
         ) from error
-    path = Path(model)
+    fetched = models_folder() / full_name(model)  # `sentencekv eval get-model` has put it there
+    path = fetched if fetched.is_dir() and not Path(model).exists() else Path(model)
     try:
-        config = AutoConfig.from_pretrained(str(path.parent) if path.is_file() else model)
+        config = AutoConfig.from_pretrained(str(path.parent if path.is_file() else path))
     except (OSError, ValueError) as error:
         raise PlanError(
             f"MODEL must be a folder with config.json, that file, or a known name, got {model!r}: "
@@ -67,7 +70,7 @@ def read_model(model: str, dtype: str) -> ModelShape:
     files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     heads = text.num_attention_heads
     return ModelShape(
-        name=model,
+        name=str(path) if path == fetched else model,
         num_layers=text.num_hidden_layers,
         num_query_heads=heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,

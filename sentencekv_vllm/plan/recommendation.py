@@ -32,6 +32,7 @@ def arguments(plan: Plan) -> dict[str, Any]:
         "block-size": plan.resolved.block_size,
         "dtype": plan.model.dtype,
         "max-model-len": plan.context,
+        "max-num-batched-tokens": machine.chunk_tokens,
         "max-num-seqs": max(1, min(MOST_REQUESTS, plan.capacity.sparse_requests)),
     }
     if machine.tensor_parallel > 1:

@@ -50,6 +50,7 @@ def rows(plan: Plan) -> list[tuple[str, str]]:
         ("KV cache", f"{plan.kv_bytes / GIB:.2f} GiB, {capacity.kv_blocks} blocks of "
          f"{resolved.block_size}"),
         ("blocks of a request, dense", str(need.dense_blocks)),
+        ("blocks while it is prefilled", str(need.prefill_blocks)),
         ("blocks of a request, sparse", str(need.sparse_blocks)),
         ("requests at once, dense", str(capacity.dense_requests)),
         ("requests at once, sparse", f"{capacity.sparse_requests}, limited by the "
@@ -74,8 +75,8 @@ def assumptions(plan: Plan) -> str:
         )
     note = (
         f"Assumed: {gpu}; the swap pools take at most {HOST_SHARE:.0%} of the host's free memory "
-        f"({plan.machine.host_bytes / GIB:.1f} GiB); every request has {plan.context} tokens, its "
-        "prompt is on the GPU while it is prefilled."
+        f"({plan.machine.host_bytes / GIB:.1f} GiB); every request has {plan.context} tokens, one "
+        f"prompt is prefilled at a time, {plan.machine.chunk_tokens} tokens a step."
     )
     least = plan.resolved.config.min_context_tokens
     if plan.context < least:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One prompt to an engine of the embedded model: `python -P -m ...self_test BACKEND FILE`.
+"""One prompt to two engines of the embedded model: `python -P -m ...self_test FILE`.
 
-`sentencekv` reads everything through the sparse path, `stock` is vLLM's own backend. The engine is
-a process of its own, as a server's is.
+The first reads everything through the sparse path and is a process of its own, as a server's is;
+the second has vLLM's own backend, in this process: importing vLLM once more takes as long as it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,15 +64,39 @@ def _modules(runner: type) -> str:
     return " .".join(base.__module__ for base in runner.__mro__)
 
 
-def answer(backend: str) -> dict[str, Any]:
-    """Tokens of the answer and, from our backend, what its processes say."""
-    from vllm import LLM, SamplingParams
+def ours() -> dict[str, Any]:
+    """Answer of our backend, and what the engine's processes say."""
+    llm = start(
+        multiprocessing=True,
+        attention_backend="sentencekv",
+        additional_config={"sentencekv": SETTINGS},
+    )
+    found = answer(llm) | {"api": presence(), "worker": llm.collective_rpc(worker_facts)[0]}
+    llm.llm_engine.engine_core.shutdown()
+    return found
+
+
+def stock() -> dict[str, Any]:
+    """Answer of vLLM's own backend, or why there is none."""
+    try:
+        return answer(start(multiprocessing=False))
+    except Exception as error:  # of any kind: the report goes on without it
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def start(multiprocessing: bool, **options: Any) -> Any:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(multiprocessing))
+    from vllm import LLM
+
+    return LLM(**ENGINE, **options)
+
+
+def answer(llm: Any) -> dict[str, Any]:
+    """Tokens, and the summary that our backend alone gives."""
+    from vllm import SamplingParams
 
     from ..evaluation.recall_tasks import make_prompt
 
-    ours = backend == "sentencekv"
-    chosen = {"attention_backend": backend, "additional_config": {"sentencekv": SETTINGS}}
-    llm = LLM(**ENGINE, **(chosen if ours else {}))
     tokenizer = llm.get_tokenizer()
 
     def count(text: str) -> int:
@@ -81,16 +106,21 @@ def answer(backend: str) -> dict[str, Any]:
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     (output,) = llm.generate([prompt], params, use_tqdm=False)
     return {
-        "api": presence(),
         "prompt_tokens": len(output.prompt_token_ids or ()),
         "tokens": list(output.outputs[0].token_ids),
         "summary": (output.kv_transfer_params or {}).get("sentencekv"),
-        "worker": llm.collective_rpc(worker_facts)[0] if ours else None,
     }
+
+
+def main(file: Path) -> None:
+    """Write what is known at once: the second engine may end the process."""
+    found = ours()
+    file.write_text(json.dumps(found | {"stock": {"error": "its process has ended"}}))
+    file.write_text(json.dumps(found | {"stock": stock()}))
 
 
 if __name__ == "__main__":
     # By its name as a module: what is sent to the worker must be found there.
     from sentencekv_vllm.vllm_glue import self_test
 
-    Path(sys.argv[2]).write_text(json.dumps(self_test.answer(sys.argv[1])))
+    self_test.main(Path(sys.argv[1]))

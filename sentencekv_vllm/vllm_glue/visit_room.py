@@ -17,19 +17,12 @@ from ..worker.visit_stream import VisitSideStream, VisitsInProgramOrder
 def visit_room(vllm_config: Any, resolved: ResolvedConfig) -> VisitRoom | None:
     """The formula of this server; None where every prompt must fit on the GPU.
 
-    That is where it is switched off, where vLLM admits a request before all of it fits, where
-    pages are no byte copies (the prefill would not be exact), and where the policy reads the
-    whole prompt on the device when it has been prefilled.
+    That is where it is switched off or the policy or the pool forbid it, and where vLLM admits a
+    request before all of it fits.
     """
-    config, policy = resolved.config, resolved.policy
-    scheduler = vllm_config.scheduler_config
-    if (
-        not config.visits
-        or not scheduler.scheduler_reserve_full_isl
-        or resolved.host_format is not None
-        or policy.settlement is not None
-        or policy.keeps_all
-    ):
+    config = resolved.config
+    reserves = vllm_config.scheduler_config.scheduler_reserve_full_isl
+    if not (reserves and resolved.histories_may_visit):
         return None
     side = VisitsInProgramOrder if current_platform.is_cpu() else VisitSideStream
     return VisitRoom(

@@ -110,17 +110,11 @@ def test_without_vllm_the_report_ends_there(monkeypatch, capsys):
         (OURS, {"tokens": [1, 2]}, State.BROKEN),
         ({**OURS, "summary": {"mode": "short_context"}}, {"tokens": [1, 2, 3]}, State.BROKEN),
         ({**OURS, "summary": None}, {"tokens": [1, 2, 3]}, State.BROKEN),
-        (OURS, None, State.UNKNOWN),
+        (OURS, {"error": "no room"}, State.UNKNOWN),
     ],
 )
-def test_the_self_test_compares_tokens_and_wants_sparse_steps(monkeypatch, ours, stock, state):
-    def probe(module, *arguments, **environment):
-        if stock is None:
-            raise serving.ProbeError("no")
-        return stock
-
-    monkeypatch.setattr(self_test, "probe", probe)
-    *processes, last = self_test.self_test(ours)
+def test_the_self_test_compares_tokens_and_wants_sparse_steps(ours, stock, state):
+    *processes, last = self_test.self_test({**ours, "stock": stock})
     assert last.state is state and last.name == "self test"
     assert healthy([last]) == (state is not State.BROKEN)
     assert processes[1].found.endswith("a child of the engine's")

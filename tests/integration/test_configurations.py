@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,9 @@ def parsed(file: Path):
 
 def test_vllm_settles_a_recommended_configuration_as_planned(tmp_path):
     from sentencekv_vllm.vllm_glue.setup import resolved_config
+    from sentencekv_vllm.vllm_glue.visit_room import blocks_for
 
-    machine = Machine(GIB, GIB, kv_cache_bytes=GIB // 4)
+    machine = Machine(GIB, GIB, kv_cache_bytes=GIB // 4, chunk_tokens=1024)
     plan = make_plan(read_model(MODEL, "auto"), machine, 16384, SentenceKVConfig(), 32)
     file = tmp_path / "serve.yaml"
     file.write_text(as_yaml(plan))
@@ -51,6 +53,11 @@ def test_vllm_settles_a_recommended_configuration_as_planned(tmp_path):
     assert resolved_config(config) == plan.resolved
     assert config.scheduler_config.max_num_seqs == arguments(plan)["max-num-seqs"]
     assert config.model_config.max_model_len == 16384
+    here = replace(  # planned for a GPU
+        machine, staging_halves=1, batches_in_flight=config.max_concurrent_batches
+    )
+    need = make_plan(plan.model, here, 16384, plan.resolved.config, 32, pool_is_given=True).need
+    assert need.prefill_blocks == blocks_for(config, plan.resolved, 16384)
 
 
 @pytest.mark.parametrize("name", ["compose", "kubernetes"])

@@ -9,7 +9,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from sentencekv_vllm.config import SentenceKVConfig  # noqa: E402
 from sentencekv_vllm.doctor.finding import State  # noqa: E402
-from sentencekv_vllm.doctor.self_test import self_test, start_ours  # noqa: E402
+from sentencekv_vllm.doctor.self_test import self_test, start_engines  # noqa: E402
 from sentencekv_vllm.doctor.serving import registered, supported  # noqa: E402
 from sentencekv_vllm.in_force import in_force  # noqa: E402
 from sentencekv_vllm.plan.machine import GIB, Machine  # noqa: E402
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def ours():
-    return start_ours()
+    return start_engines()
 
 
 def test_every_process_knows_the_backend_and_full_equals_plain_attention(ours):

@@ -34,7 +34,9 @@ def test_an_8b_llama_has_the_sizes_that_the_documents_name():
     made = plan()
     assert made.kv_token_bytes == 128 * 2**10
     assert made.index_token_bytes / made.kv_token_bytes == pytest.approx(22.2 / 512, abs=1e-4)
-    assert made.need == Need(dense_blocks=4096, sparse_blocks=20, host_pages=4096)
+    assert made.need == Need(
+        dense_blocks=4096, prefill_blocks=774, sparse_blocks=20, host_pages=4096
+    )
     assert made.capacity.sparse_requests > 3 * made.capacity.dense_requests > 0
 
 
@@ -56,21 +58,25 @@ def test_what_is_planned_fits_and_one_more_would_not(gpu, host, context, ranks, 
     if machine.gpu_share(made.resolved.index_bytes) > 0.01:
         assert vllm_takes + made.resolved.index_bytes <= 0.92 * machine.gpu_bytes * (1 + 1e-9)
     if n:
-        assert 1 + need.dense_blocks + (n - 1) * need.sparse_blocks <= held.kv_blocks
+        assert 1 + need.prefill_blocks + (n - 1) * need.sparse_blocks <= held.kv_blocks
         assert n * need.host_pages <= made.resolved.num_pages
     if held.limited_by == "swap pool":
         assert (n + 1) * need.host_pages > made.resolved.num_pages
 
 
-@given(blocks=st.integers(0, 10**6), dense=st.integers(1, 5000), sparse=st.integers(1, 5000))
-def test_counts_of_requests_are_the_largest_that_fit(blocks, dense, sparse):
-    need = Need(dense, min(dense, sparse), dense)
+SIZES = st.integers(1, 5000)
+
+
+@given(blocks=st.integers(0, 10**6), dense=SIZES, prefill=SIZES, sparse=SIZES)
+def test_counts_of_requests_are_the_largest_that_fit(blocks, dense, prefill, sparse):
+    prefill = min(dense, prefill)
+    need = Need(dense, prefill, min(prefill, sparse), dense)
     most = dense_requests(need, blocks)
     assert most * dense <= max(0, blocks - 1) < (most + 1) * dense
     some = sparse_requests(need, blocks)
     assert some >= most or not most
-    assert some == 0 or 1 + dense + (some - 1) * need.sparse_blocks <= blocks
-    assert 1 + dense + some * need.sparse_blocks > blocks
+    assert some == 0 or 1 + prefill + (some - 1) * need.sparse_blocks <= blocks
+    assert 1 + prefill + some * need.sparse_blocks > blocks
 
 
 @given(context=st.integers(9000, 131072), link=st.floats(1, 1000), device=st.floats(100, 10000))
@@ -90,6 +96,17 @@ def test_at_break_even_both_kinds_of_step_move_their_bytes_as_fast(context, link
 
 def test_a_context_within_the_budget_never_breaks_even():
     assert plan(context=400).break_even.hit_rate is None
+
+
+def test_a_prompt_longer_than_the_gpu_is_planned_where_its_history_may_visit():
+    small = replace(MACHINE, kv_cache_bytes=4 * GIB)
+    made = plan(small)
+    assert made.need.prefill_blocks < made.capacity.kv_blocks < made.need.dense_blocks
+    assert made.capacity.dense_requests == 0 < made.capacity.sparse_requests
+    for forbidding in ({"visits": False}, {"host_kv_dtype": "int8"}, {"policy": "snapkv"}):
+        stays = plan(small, **forbidding)
+        assert stays.need.prefill_blocks == stays.need.dense_blocks
+        assert stays.capacity.sparse_requests == 0
 
 
 def test_ranks_share_heads_and_the_hosts_memory():
@@ -176,6 +193,13 @@ def test_a_plan_that_breaks_a_rule_is_refused(tmp_path, capsys, changes, options
     assert cli.main(["plan", configuration(tmp_path, **changes), *GIVEN, *options]) == 2
     out, err = capsys.readouterr()
     assert not out and err.startswith("sentencekv plan: ") and told in err
+
+
+def test_a_machine_that_holds_no_request_is_a_failure_with_the_numbers(capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    assert cli.main(["plan", TINY, *GIVEN, "--kv-cache-gib", "0.01", "--yaml"]) == 1
+    out, err = capsys.readouterr()
+    assert not out and "there is room for 163 and" in err and "raise --gpu-memory-gib" in err
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path, capsys, monkeypatch):

@@ -7,7 +7,6 @@ bfloat16 that vLLM serves. The path of the folder is printed; one that is there 
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import os
@@ -169,14 +168,13 @@ def _run(command: Sequence[str], environment: dict[str, str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the path of a model's folder; the exit status."""
-    listed = "\n".join(f"  {name:13} {source.about}" for name, source in MODELS.items())
-    parser = Parser(
-        prog="sentencekv eval get-model",
-        description=f"{__doc__}\n{listed}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    listed = "\n\n".join(f"{name}: {source.about}" for name, source in MODELS.items())
+    what = (__doc__ or "").partition("\n\n")[2]
+    parser = Parser(prog="sentencekv eval get-model", description=f"{what}\n{listed}")
+    parser.add_argument("name", choices=MODELS, help="which of them")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help=f"its parent; default: {models_folder()}"
     )
-    parser.add_argument("name", choices=MODELS)
-    parser.add_argument("folder", type=Path, nargs="?", help=f"default: {models_folder()}")
     options = parser.parse_args(arguments)
     try:
         print(get_model(options.name, options.folder))
