@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models with sliding-window and full layers: only the full ones are ours.
+
+Each type has one engine of ours and one of vLLM's, which gets the same requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from engine import (  # noqa: E402
+    BLOCK,
+    apart,
+    generate,
+    greedy,
+    is_clean,
+    make_llm,
+    record,
+    scheduler_of,
+)
+from tiny_models import CHANGES, make_model  # noqa: E402
+
+# The working set holds the short prompts, which `full` attends to completely; the long one's
+# history is mostly on the host.
+SETTINGS = {
+    "working_set_tokens": 960,
+    "token_budget": 256,
+    "stay_dense_when_covered": False,
+    "segmenter": "fixed",  # there is no tokenizer
+}
+SHORT, LONG = (300, 900, 40, 640), 3000
+FULL = {"sentencekv_policy": "full"}
+OFF = {"sentencekv": "off"}
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    import numpy as np
+
+    return np.random.default_rng(seed).integers(3, 512, count).tolist()
+
+
+def params(count: int, extra: dict[str, str] | None = None) -> Any:
+    return greedy(count, stop=None, ignore_eos=True, extra_args=extra)
+
+
+def managers(llm: Any) -> list[Any]:
+    return list(scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers)
+
+
+def preempted(llm: Any, extra: dict[str, str] | None) -> list[dict[str, Any]]:
+    """The short prompts together; everybody is preempted at the same steps, in prefill and twice
+    in decode."""
+    engine, outputs, steps = llm.llm_engine, {}, 0
+    for i, length in enumerate(SHORT):
+        prompt = {"prompt_token_ids": tokens(length, i)}
+        engine.add_request(str(i), prompt, params(40, extra))
+    while engine.has_unfinished_requests():
+        if steps in (1, 15, 30):
+            assert llm.reset_prefix_cache(reset_running_requests=True)
+        steps += 1
+        outputs |= {o.request_id: record(o) for o in engine.step() if o.finished}
+    return [outputs[k] for k in sorted(outputs)]
+
+
+def watched(llm: Any, prompt: list[int], count: int) -> tuple[dict[str, Any], list[list[int]]]:
+    """What the request returned, and the blocks that each group held in its last step."""
+    engine, held, found = llm.llm_engine, [], None
+    engine.add_request("watched", {"prompt_token_ids": prompt}, params(count))
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            found = record(output) if output.finished else None
+        blocks = [list(manager.req_to_blocks.values()) for manager in managers(llm)]
+        if blocks[0]:
+            held = [sum(not block.is_null for block in group[0]) for group in blocks]
+    return found, held
+
+
+@dataclass
+class Told:
+    """What an engine did with the requests."""
+
+    short: list[dict[str, Any]]
+    long: dict[str, Any]
+    held: list[int]  # blocks by group, in the long request's last step
+    turns: list[dict[str, Any]]
+    groups: list[tuple[str, str, int]]  # manager, spec and layers
+    clean: bool
+
+
+def served(model: str, settings: dict[str, Any] | None, answer: list[int] | None = None) -> Told:
+    """All requests of this module on one engine.
+
+    Args:
+        answer: to the long prompt, for the turns that follow; None: the engine's own.
+    """
+    llm = make_llm(
+        settings,
+        model=model,
+        blocks=400,
+        skip_tokenizer_init=True,
+        max_model_len=4096,
+        max_num_batched_tokens=1024,
+    )
+    mine = settings is not None
+    short = preempted(llm, FULL if mine else None)
+    prompt = tokens(LONG, 9)
+    long, held = watched(llm, prompt, 100)
+    answer = long["generated"][0]["tokens"] if answer is None else answer
+    turns = []
+    second = prompt + answer + tokens(70, 10)
+    for tail in ([], tokens(30, 11)):  # the second turn recomputes the answer, the third finds it
+        if not mine:
+            llm.reset_prefix_cache()
+        turn = {"prompt_token_ids": second + tail}
+        turns += generate(llm, [turn], params(12, OFF if mine else None))
+    config = scheduler_of(llm).kv_cache_config.kv_cache_groups
+    groups = [
+        (type(m).__name__, type(g.kv_cache_spec).__name__, len(g.layer_names))
+        for m, g in zip(managers(llm), config, strict=True)
+    ]
+    clean = not any(m.req_to_blocks for m in managers(llm)) and (not mine or is_clean(llm))
+    return Told(short, long, held, turns, groups, clean)
+
+
+@pytest.fixture(scope="module", params=["gemma3_text"])
+def both(request, tmp_path_factory) -> tuple[Told, Told]:
+    """Ours and vLLM's."""
+    model = make_model(request.param, tmp_path_factory.mktemp("models"))
+    mine = apart(served, model, SETTINGS)
+    answer = mine.long["generated"][0]["tokens"]
+    return mine, apart(served, model, None, answer)
+
+
+@pytest.mark.slow
+def test_full_attention_gives_the_tokens_of_stock_attention(both):
+    mine, stock = both
+    for a, b in zip(mine.short, stock.short, strict=True):
+        assert a["generated"] == b["generated"], f"prompt of {b['prompt_tokens']} tokens"
+        assert (a["told"]["mode"] == "sparse") == (b["prompt_tokens"] >= 256)
+
+
+@pytest.mark.slow
+def test_only_the_blocks_of_the_full_group_are_released(both):
+    mine, stock = both
+    print(mine.groups, stock.groups, mine.held, stock.held, mine.long["told"])
+    print([t["cached"] for t in mine.turns], [t["cached"] for t in stock.turns])
+    ours = [i for i, (manager, *_) in enumerate(mine.groups) if manager == "SentenceKVManager"]
+    assert len(ours) == 1
+    for i, (group, others) in enumerate(zip(mine.groups, stock.groups, strict=True)):
+        if i in ours:
+            assert group[1] == "SentenceKVSpec" and group[2] == others[2]
+            assert mine.held[i] + 960 // BLOCK < stock.held[i] / 2
+        else:
+            assert group == others and group[1] == "SlidingWindowSpec"
+            assert mine.held[i] == stock.held[i]
+
+
+@pytest.mark.slow
+def test_turns_behind_a_sparse_answer_equal_those_of_a_fresh_engine(both):
+    mine, stock = both
+    assert mine.long["told"]["mode"] == "sparse" and mine.long["told"]["sparse_steps"] > 90
+    for a, b in zip(mine.turns, stock.turns, strict=True):
+        assert a["generated"] == b["generated"], a["cached"]
+    assert mine.turns[0]["cached"] == LONG // BLOCK * BLOCK, "the prompt, no generated token"
+    assert mine.turns[1]["cached"] > LONG + 100, "what the second turn computed"
+
+
+@pytest.mark.slow
+def test_every_group_gives_everything_back(both):
+    assert all(told.clean for told in both)
