@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 WINDOW = 128  # tokens
-LAYERS = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]
 SHAPE: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 256,
@@ -19,15 +19,21 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 8192,
-    "initializer_range": 0.2,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
     "sliding_window": WINDOW,
 }
 CHANGES: dict[str, dict[str, Any]] = {
-    "gemma3_text": {"layer_types": LAYERS, "head_dim": 64, "query_pre_attn_scalar": 64},
-    "cohere2": {"layer_types": LAYERS},
+    "gemma3_text": {
+        "layer_types": LAYERS * 2,
+        "num_hidden_layers": 2 * len(LAYERS),
+        "head_dim": 64,
+        "query_pre_attn_scalar": 64,
+    },
+    "cohere2": {"layer_types": LAYERS, "tie_word_embeddings": True, "logit_scale": 1.0},
     "olmo3": {"layer_types": LAYERS},
     "exaone4": {"layer_types": LAYERS},
     "phi3": {"sliding_window": SHAPE["max_position_embeddings"]},

@@ -24,4 +24,7 @@ def _hybrid(model_type: str, examples: str) -> Entry:
 
 HYBRIDS: dict[str, Entry] = {
     "gemma3_text": _hybrid("gemma3_text", "Gemma 3, its text"),
+    "cohere2": _hybrid("cohere2", "Command-A, Command R7B"),
+    "olmo3": _hybrid("olmo3", "OLMo 3"),
+    "exaone4": _hybrid("exaone4", "EXAONE 4.0 32B"),
 }
