@@ -115,7 +115,7 @@ def _attend(
     return output
 
 
-def _forward(vllm_config: Any, model: Any, piece: Piece, device: torch.device) -> None:
+def _forward(vllm_config: Any, model: Any, piece: Piece, device: torch.device) -> Any:
     count = len(piece.ids)
     ids = torch.tensor(piece.ids, dtype=torch.int32, device=device)
     positions = torch.arange(count, device=device) + piece.offset
@@ -123,7 +123,9 @@ def _forward(vllm_config: Any, model: Any, piece: Piece, device: torch.device) -
         positions = positions.expand(3, -1).contiguous()
     # Uncompiled: no graph is traced for a size that never comes again.
     with set_forward_context(None, vllm_config, num_tokens=count, skip_compiled=True):
-        model(input_ids=ids, positions=positions, intermediate_tensors=None, inputs_embeds=None)
+        return model(
+            input_ids=ids, positions=positions, intermediate_tensors=None, inputs_embeds=None
+        )
 
 
 def positions_of(model_config: Any) -> int:

@@ -7,6 +7,7 @@ one after the other in one process: what takes long is its start.
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from engine import (  # noqa: E402
     is_clean,
     make_llm,
     record,
+    runtime_of,
     scheduler_of,
 )
 from tiny_models import make_model  # noqa: E402
@@ -85,6 +87,23 @@ def watched(llm: Any, prompt: list[int], count: int) -> tuple[dict[str, Any], li
     return found, held
 
 
+def recorded(llm: Any, prompt: list[int]) -> tuple[int, float]:
+    """The next token and its log-probability, by a forward as calibration runs it: without KV
+    cache and metadata."""
+    import torch
+
+    from sentencekv_vllm.vllm_glue import calibration_run as run
+    from sentencekv_vllm.vllm_glue.model_runner import current_model
+    from sentencekv_vllm.vllm_glue.recorder import Recorder
+
+    model, config, recorder = current_model(), llm.llm_engine.vllm_config, Recorder(BLOCK)
+    others = run.layers_of_vllm(config, runtime_of(llm).layer_index)
+    with torch.inference_mode(), recorder.active(), run.without_a_cache(others):
+        hidden = run._forward(config, model, run.Piece(prompt, 0), torch.device("cpu"))
+        logits = model.compute_logits(hidden[-1:]).float().log_softmax(-1)[0]
+    return int(logits.argmax()), float(logits.max())
+
+
 @dataclass
 class Told:
     """What an engine did with the requests."""
@@ -94,6 +113,7 @@ class Told:
     held: list[int]  # blocks by group, in the long request's last step
     turns: list[dict[str, Any]]
     groups: list[tuple[str, str, int]]  # manager, spec and layers
+    recorded: tuple[int, float] | None  # what calibration's forward says to the last short prompt
     clean: bool
 
 
@@ -130,8 +150,9 @@ def served(model: str, settings: dict[str, Any] | None, answer: list[int] | None
         for m, g in zip(managers(llm), config, strict=True)
     ]
     clean = not any(m.req_to_blocks for m in managers(llm)) and (not mine or is_clean(llm))
+    next_token = recorded(llm, tokens(SHORT[-1], len(SHORT) - 1)) if mine else None
     close(llm)
-    return Told(short, long, held, turns, groups, clean)
+    return Told(short, long, held, turns, groups, next_token, clean)
 
 
 def every_type(folder: Path) -> dict[str, tuple[Told, Told]]:
@@ -139,6 +160,7 @@ def every_type(folder: Path) -> dict[str, tuple[Told, Told]]:
     found = {}
     for model_type in TYPES:
         model = make_model(model_type, folder)
+        gc.freeze()  # an engine's start and end collect garbage ten times, among what is imported
         mine = served(model, SETTINGS)
         found[model_type] = mine, served(model, None, mine.long["generated"][0]["tokens"])
     return found
@@ -146,7 +168,7 @@ def every_type(folder: Path) -> dict[str, tuple[Told, Told]]:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory) -> dict[str, tuple[Told, Told]]:
-    return apart(every_type, tmp_path_factory.mktemp("models"))
+    return apart(every_type, tmp_path_factory.mktemp("models"), timeout_s=600)
 
 
 @pytest.fixture(params=TYPES)
@@ -193,3 +215,12 @@ def test_turns_behind_a_sparse_answer_equal_those_of_a_fresh_engine(both):
 @pytest.mark.slow
 def test_every_group_gives_everything_back(both):
     assert all(told.clean for told in both)
+
+
+@pytest.mark.slow
+def test_forwards_of_a_calibration_see_windows(both):
+    mine, stock = both
+    answer = stock.short[-1]["generated"][0]
+    token, logprob = mine.recorded
+    assert token == answer["tokens"][0]
+    assert logprob == pytest.approx(float.fromhex(answer["logprobs"][0][token]), abs=0.1)
