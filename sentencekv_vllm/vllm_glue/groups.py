@@ -32,6 +32,13 @@ def our_manager(kv_cache_manager: Any) -> SentenceKVManager:
     return manager
 
 
+def blocks_of_others(vllm_config: Any, kv_cache_config: Any) -> int:
+    """Most blocks that one request takes in the groups that are not ours: their windows."""
+    ours = our_group(kv_cache_config)
+    specs = [g.kv_cache_spec for g in kv_cache_config.kv_cache_groups if g is not ours]
+    return sum(s.max_memory_usage_bytes(vllm_config) // s.page_size_bytes for s in specs)
+
+
 def _only(ours: list[bool], among: Any) -> Any:
     if ours.count(True) != 1:
         raise ValueError(REFUSED["several groups"].refusal(f"{ours.count(True)} of {len(ours)}"))

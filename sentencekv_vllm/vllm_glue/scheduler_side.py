@@ -22,7 +22,7 @@ from ..scheduler.reasons import Reason
 from ..scheduler.request_state import RequestState
 from ..segmentation.service import SegmentationService
 from ..types import IndexKind
-from .groups import our_group, our_manager
+from .groups import blocks_of_others, our_group, our_manager
 from .manager import SentenceKVManager, cache_up_to, reuse_up_to
 from .resolve import load_vocabulary, resolve_for_engine
 from .visit_room import check_pool, visit_room
@@ -42,7 +42,8 @@ class SchedulerSide:
         self.resolved: ResolvedConfig = resolve_for_engine(vllm_config, group)
         resolved, config = self.resolved, self.resolved.config
         scheduler = vllm_config.scheduler_config
-        check_pool(vllm_config, resolved, kv_cache_config.num_blocks)
+        others = blocks_of_others(vllm_config, kv_cache_config)
+        check_pool(vllm_config, resolved, kv_cache_config.num_blocks, others)
         limits = Limits(
             block_size=resolved.block_size,
             sink_blocks=resolved.sink_blocks,

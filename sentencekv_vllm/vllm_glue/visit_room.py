@@ -12,14 +12,16 @@ from ..config import ConfigError
 from ..resolved import ResolvedConfig, blocks
 from ..scheduler.visit_room import VisitRoom
 from ..worker.visit_stream import VisitSideStream, VisitsInProgramOrder
+from .windows import Windows
 
 
 def visit_room(vllm_config: Any, resolved: ResolvedConfig) -> VisitRoom | None:
     """The formula of this server; None where every prompt must fit on the GPU.
 
     That is where it is switched off, where vLLM admits a request before all of it fits, where
-    pages are no byte copies (the prefill would not be exact), and where the policy reads the
-    whole prompt on the device when it has been prefilled.
+    pages are no byte copies (the prefill would not be exact), where the policy reads the whole
+    prompt on the device when it has been prefilled, and where windowed layers have KV cache groups
+    of their own, which a visitor's promise does not count.
     """
     config, policy = resolved.config, resolved.policy
     scheduler = vllm_config.scheduler_config
@@ -29,6 +31,7 @@ def visit_room(vllm_config: Any, resolved: ResolvedConfig) -> VisitRoom | None:
         or resolved.host_format is not None
         or policy.settlement is not None
         or policy.keeps_all
+        or Windows.of(vllm_config.model_config).layers
     ):
         return None
     side = VisitsInProgramOrder if current_platform.is_cpu() else VisitSideStream
@@ -52,16 +55,19 @@ def blocks_for(vllm_config: Any, resolved: ResolvedConfig, tokens: int) -> int:
     return min(whole, room.floor(tokens))
 
 
-def check_pool(vllm_config: Any, resolved: ResolvedConfig, num_blocks: int) -> None:
+def check_pool(
+    vllm_config: Any, resolved: ResolvedConfig, num_blocks: int, others: int = 0
+) -> None:
     """At start-up: one request of max_model_len can be served.
 
     Args:
         num_blocks: of vLLM's pool, the null block included.
+        others: that such a request takes in other KV cache groups.
 
     Raises:
         ConfigError: with the numbers needed.
     """
-    tokens, usable = vllm_config.model_config.max_model_len, num_blocks - 1
+    tokens, usable = vllm_config.model_config.max_model_len, num_blocks - 1 - others
     needed = blocks_for(vllm_config, resolved, tokens)
     if needed > usable:
         raise ConfigError(

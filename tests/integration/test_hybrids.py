@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models with sliding-window and full layers: only the full ones are ours.
 
-Each type has one engine of ours and one of vLLM's, which gets the same requests. All engines run
-one after the other in one process: what takes long is its start.
+Each type has one engine of ours and one of vLLM's, which gets the same requests.
 """
 
 from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +17,6 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from engine import (  # noqa: E402
     BLOCK,
     apart,
-    close,
     generate,
     greedy,
     is_clean,
@@ -40,7 +37,7 @@ SETTINGS = {
     "stay_dense_when_covered": False,
     "segmenter": "fixed",  # there is no tokenizer
 }
-SHORT, LONG, ANSWER = (300, 40, 640), 1600, 70
+SHORT, LONG, ANSWER = (300, 40, 640), 1610, 70
 FULL = {"sentencekv_policy": "full"}
 OFF = {"sentencekv": "off"}
 
@@ -123,6 +120,7 @@ def served(model: str, settings: dict[str, Any] | None, answer: list[int] | None
     Args:
         answer: to the long prompt, for the turns that follow; None: the engine's own.
     """
+    gc.freeze()  # vLLM collects garbage ten times, each time among all that was imported
     llm = make_llm(
         settings,
         model=model,
@@ -151,30 +149,16 @@ def served(model: str, settings: dict[str, Any] | None, answer: list[int] | None
     ]
     clean = not any(m.req_to_blocks for m in managers(llm)) and (not mine or is_clean(llm))
     next_token = recorded(llm, tokens(SHORT[-1], len(SHORT) - 1)) if mine else None
-    close(llm)
     return Told(short, long, held, turns, groups, next_token, clean)
 
 
-def every_type(folder: Path) -> dict[str, tuple[Told, Told]]:
-    """Ours and vLLM's, by model type."""
-    found = {}
-    for model_type in TYPES:
-        model = make_model(model_type, folder)
-        gc.freeze()  # an engine's start and end collect garbage ten times, among what is imported
-        mine = served(model, SETTINGS)
-        found[model_type] = mine, served(model, None, mine.long["generated"][0]["tokens"])
-    return found
-
-
-@pytest.fixture(scope="module")
-def told(tmp_path_factory) -> dict[str, tuple[Told, Told]]:
-    return apart(every_type, tmp_path_factory.mktemp("models"), timeout_s=600)
-
-
-@pytest.fixture(params=TYPES)
-def both(request, told) -> tuple[Told, Told]:
+@pytest.fixture(scope="module", params=TYPES)
+def both(request, tmp_path_factory) -> tuple[Told, Told]:
     """Of one model type: ours and vLLM's."""
-    return told[request.param]
+    model = str(tmp_path_factory.mktemp(request.param))
+    apart(make_model, request.param, model)
+    mine = apart(served, model, SETTINGS)
+    return mine, apart(served, model, None, mine.long["generated"][0]["tokens"])
 
 
 @pytest.mark.slow
