@@ -70,9 +70,11 @@ def check_pool(
     tokens, usable = vllm_config.model_config.max_model_len, num_blocks - 1 - others
     needed = blocks_for(vllm_config, resolved, tokens)
     if needed > usable:
+        windows = f" beside {others} for its windowed layers" if others else ""
         raise ConfigError(
             f"a request of max_model_len {tokens} needs {needed} KV blocks of "
-            f"{resolved.block_size}, the pool has {usable}{_on_the_host(vllm_config, resolved)}: "
+            f"{resolved.block_size}, the pool has {usable}{windows}"
+            f"{_on_the_host(vllm_config, resolved)}: "
             f"set --max-model-len {Capacity.of(vllm_config, resolved, usable).longest}, or give "
             "the pool more memory (--gpu-memory-utilization, --kv-cache-memory-bytes)"
         )

@@ -328,6 +328,23 @@ def test_full_layers_in_other_than_one_group_are_refused(ours):
             find(among)
 
 
+@pytest.mark.parametrize("model", [{}, GEMMA], ids=["dense", "windows"])
+def test_prompts_of_models_with_windows_must_fit(model):
+    from sentencekv_vllm.config import ConfigError
+    from sentencekv_vllm.vllm_glue.visit_room import Capacity, check_pool, visit_room
+
+    config = configuration(model=model, scheduler={"scheduler_reserve_full_isl": True})
+    config.max_in_flight_tokens = 1024
+    sizes = {"num_kv_heads": 2, "head_dim": 64, "num_layers": 4, "dtype_size": 2}
+    resolved = resolve(SentenceKVConfig(), block_size=32, **sizes)
+    assert (visit_room(config, resolved) is None) == bool(model)
+    assert bool(Capacity.of(config, resolved, 200).visiting) != bool(model)
+    if model:  # 8192 tokens are 256 blocks; the windows take some of the pool
+        check_pool(config, resolved, 257 + 40, others=40)
+        with pytest.raises(ConfigError, match="needs 256 .*, the pool has 255 beside 40 for"):
+            check_pool(config, resolved, 256 + 40, others=40)
+
+
 def test_windowed_layers_keep_the_stock_backend_and_the_users_choice():
     register()
     config = configuration(model=GEMMA, attention={"backend_per_kind": {}})

@@ -10,8 +10,8 @@ from .entry import Entry, Kind
 
 HYBRID = "tests/integration/test_hybrids.py"
 HOW = (
-    "full layers as in a dense model; windowed layers keep vLLM's backend and KV cache group. "
-    "Run on CPUs only"
+    "full layers as in a dense model; windowed layers keep vLLM's backend and KV cache groups. A "
+    "prompt must fit on the GPU (no visits). Run on CPUs only"
 )
 
 
