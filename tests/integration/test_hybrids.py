@@ -128,6 +128,8 @@ def served(model: str, settings: dict[str, Any] | None, answer: list[int] | None
         skip_tokenizer_init=True,
         max_model_len=4096,
         max_num_batched_tokens=1024,
+        # Windowed layers keep what was decoded, too: vLLM's default keeps the prompt's end alone.
+        prefix_cache_retention_interval=BLOCK,
     )
     mine = settings is not None
     short = preempted(llm, FULL if mine else None)
