@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 WINDOW = 128  # tokens
-LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]
+# A windowed layer behind a full one: what sparse attention approximates gets into its cache.
+LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 SHAPE: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 256,
