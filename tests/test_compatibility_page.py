@@ -36,7 +36,7 @@ def checked_at_start() -> set[str]:
     tree = ast.parse((GLUE / "setup.py").read_text())
     functions = {f.name: f for f in tree.body if isinstance(f, ast.FunctionDef)}
     keys = set()
-    for name in ("conflicts", "_conflicts_of_model"):
+    for name in ("conflicts", "_conflicts_of_model", "_conflicts_of_windows"):
         for node in ast.walk(functions[name]):
             if isinstance(node, ast.Dict):
                 keys |= {key.value for key in node.keys}

@@ -26,3 +26,4 @@ class Limits:
     roomy_blocks: int = 0  # what must be free for that, beside what is asked for
     exact_pages: bool = True  # host pages are byte copies
     visit_room: VisitRoom | None = None  # None: a prompt must fit on the GPU as a whole
+    blocks_a_step: int = 1  # most that a request's next token takes: one a KV cache group

@@ -69,7 +69,7 @@ class Turning:
         if hi == lo or memory.slot < 0 or not self._can_vote(state):
             return None
         exclusive = sum(block.ref_cnt == 1 for block in blocks[lo:hi])
-        if exclusive + num_free_blocks - 1 < working_set:
+        if exclusive + num_free_blocks - self._limits.blocks_a_step < working_set:
             state.reason = Reason.NO_GAIN
             return None
         memory.sparse, memory.history_lo, memory.history_hi = True, lo, hi

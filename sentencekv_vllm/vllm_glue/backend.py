@@ -6,12 +6,19 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.platforms import current_platform
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    SlidingWindowSpec,
+    replace_as,
+)
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from .resolve import CPU_BLOCK_SIZE
 from .spec import SentenceKVSpec
+from .windows import Windows
 
 if current_platform.is_cpu():
     from . import cpu as platform
@@ -20,6 +27,8 @@ else:
 
 
 __all__ = ["SentenceKVBackend", "platform"]
+
+WINDOW_FIELDS = ("sliding_window", "extra_retained_tokens")  # that full attention lacks
 
 
 class SentenceKVBackend(platform.BASE):
@@ -68,7 +77,10 @@ class SentenceKVBackend(platform.BASE):
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
-        return False
+        """Windows that no request outgrows. `setup` leaves other windowed layers to vLLM."""
+        config = get_current_vllm_config_or_none()
+        model = None if config is None else config.model_config
+        return model is not None and not Windows.of(model).layers
 
     @classmethod
     def supports_sink(cls) -> bool:
@@ -110,4 +122,6 @@ class SentenceKVBackend(platform.BASE):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         if type(spec) is FullAttentionSpec:
             return replace_as(spec, SentenceKVSpec)
+        if type(spec) is SlidingWindowSpec:  # of a layer of ours: longer than any request
+            return replace_as(spec, SentenceKVSpec, drop=WINDOW_FIELDS)
         return spec

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+from vllm.config import get_layers_from_vllm_config
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention import Attention
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from ..ops.moments import SKIPPED, Moments, counted
 from .calibration_text import CalibrationError, Job, Piece, pieces
-from .recorder import Recorder
+from .recorder import Recorder, attend_causally
 
 LEAST = 512  # tokens that must count
 
@@ -66,7 +70,8 @@ def measure(
         Exception: whatever the model raises.
     """
     recorder = Recorder(block_size)
-    with torch.inference_mode(), recorder.active():
+    others = layers_of_vllm(vllm_config, layer_names)
+    with torch.inference_mode(), recorder.active(), without_a_cache(others):
         for piece in runs:
             _forward(vllm_config, model, piece, device)
     missing = [name for name in layer_names if name not in recorder.moments]
@@ -75,7 +80,42 @@ def measure(
     return [recorder.moments[name] for name in layer_names]
 
 
-def _forward(vllm_config: Any, model: Any, piece: Piece, device: torch.device) -> None:
+def layers_of_vllm(vllm_config: Any, ours: Sequence[str]) -> list[Any]:
+    """Attention layers that are not ours: those with a window."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    return [layer for name, layer in layers.items() if name not in ours]
+
+
+@contextmanager
+def without_a_cache(layers: Sequence[Any]) -> Iterator[None]:
+    """vLLM's own layers attend in forwards without metadata, in which they would do nothing."""
+    for layer in layers:
+        layer.impl.forward = _attend  # before the method of its class
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.impl.forward
+
+
+def _attend(
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    attn_metadata: Any,
+    output: Tensor,
+    **_: Any,
+) -> Tensor:
+    impl = layer.impl
+    softcap = impl.logits_soft_cap or 0.0
+    window = layer.sliding_window
+    output.copy_(attend_causally(query, key, value, impl.scale, softcap, window))
+    return output
+
+
+def _forward(vllm_config: Any, model: Any, piece: Piece, device: torch.device) -> Any:
     count = len(piece.ids)
     ids = torch.tensor(piece.ids, dtype=torch.int32, device=device)
     positions = torch.arange(count, device=device) + piece.offset
@@ -83,7 +123,9 @@ def _forward(vllm_config: Any, model: Any, piece: Piece, device: torch.device) -
         positions = positions.expand(3, -1).contiguous()
     # Uncompiled: no graph is traced for a size that never comes again.
     with set_forward_context(None, vllm_config, num_tokens=count, skip_compiled=True):
-        model(input_ids=ids, positions=positions, intermediate_tensors=None, inputs_embeds=None)
+        return model(
+            input_ids=ids, positions=positions, intermediate_tensors=None, inputs_embeds=None
+        )
 
 
 def positions_of(model_config: Any) -> int:

@@ -83,6 +83,7 @@ def _check_and_update_config(original: Callable[..., Any], cls: Any, vllm_config
         return
     setup.refuse(vllm_config)
     setup.inject_connector(vllm_config, CONNECTOR)
+    setup.leave_windows_to_stock(vllm_config)
     original(vllm_config)
     setup.settle(vllm_config)
 

@@ -13,6 +13,18 @@ from ..worker.observations import Observed
 from . import model_runner
 from .metadata import DenseCall, SentenceKVMetadata, current_runtime
 from .recorder import current_recorder
+from .support import REFUSED
+
+
+def refuse_window(tokens: int | None, max_model_len: int) -> None:
+    """A layer of ours has every token of its past.
+
+    Raises:
+        ValueError: it has a window that a request can outgrow, and that the model's configuration
+            does not tell.
+    """
+    if tokens is not None and tokens < max_model_len:
+        raise ValueError(REFUSED["untold window"].refusal(f"{tokens} tokens"))
 
 
 class SplitImpl:
@@ -45,13 +57,14 @@ class SplitImpl:
         config = get_current_vllm_config_or_none()
         if config is not None:  # the worker's model is being made
             model_runner.install(config)
+            refuse_window(sliding_window, config.model_config.max_model_len)
         super().__init__(  # type: ignore[call-arg]  # the stock implementation's
             num_heads,
             head_size,
             scale,
             num_kv_heads,
             alibi_slopes,
-            sliding_window,
+            None,  # the window is longer than any request
             kv_cache_dtype,
             logits_soft_cap,
             attn_type,

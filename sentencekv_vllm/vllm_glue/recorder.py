@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops.moments import Moments
 
-ROWS = 256  # queries whose logits exist at once, where they are capped
+ROWS = 256  # queries whose logits exist at once, where they are capped or windowed
 
 _current: Recorder | None = None
 
@@ -61,19 +61,25 @@ class Recorder:
 
 
 def attend_causally(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    window: int | None = None,
 ) -> Tensor:
     """Attention of every token to itself and those before it.
 
     Args:
         query: [T, H * G, D].
         key, value: [T, H, D].
+        window: tokens that a token sees, itself included; None: all.
 
     Returns:
         [T, H * G, D].
     """
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    if not softcap:
+    if not softcap and window is None:
         attended = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=True
         )
@@ -83,8 +89,15 @@ def attend_causally(
     parts = []
     for start in range(0, len(query), ROWS):
         rows = q[:, :, start : start + ROWS].float()
-        logits = softcap * torch.tanh(scale * (rows @ k.transpose(2, 3)) / softcap)
-        last = torch.arange(start, start + rows.shape[2], device=query.device)
-        later = torch.arange(len(key), device=query.device) > last[:, None]
-        parts.append(logits.masked_fill(later, -torch.inf).softmax(-1) @ v)
+        end = start + rows.shape[2]
+        first = 0 if window is None else max(0, start - window + 1)
+        logits = scale * (rows @ k[:, :, first:end].transpose(2, 3))
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        last = torch.arange(start, end, device=query.device)[:, None]
+        keys = torch.arange(first, end, device=query.device)
+        unseen = keys > last
+        if window is not None:
+            unseen |= keys <= last - window
+        parts.append(logits.masked_fill(unseen, -torch.inf).softmax(-1) @ v[:, :, first:end])
     return torch.cat(parts, 2)[0].transpose(0, 1).to(query.dtype)

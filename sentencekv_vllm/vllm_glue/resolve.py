@@ -25,9 +25,8 @@ def user_config(vllm_config: VllmConfig) -> SentenceKVConfig:
     return SentenceKVConfig.from_dict(with_preset(values))
 
 
-def resolve_for_engine(vllm_config: VllmConfig, kv_cache_config: Any) -> ResolvedConfig:
-    """Sizes for this model on one rank."""
-    group = kv_cache_config.kv_cache_groups[0]
+def resolve_for_engine(vllm_config: VllmConfig, group: Any) -> ResolvedConfig:
+    """Sizes for our KV cache group of this model, on one rank."""
     spec = group.kv_cache_spec
     return resolve(
         user_config(vllm_config),

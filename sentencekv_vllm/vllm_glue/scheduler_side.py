@@ -22,6 +22,7 @@ from ..scheduler.reasons import Reason
 from ..scheduler.request_state import RequestState
 from ..segmentation.service import SegmentationService
 from ..types import IndexKind
+from .groups import blocks_of_others, our_group, our_manager
 from .manager import SentenceKVManager, cache_up_to, reuse_up_to
 from .resolve import load_vocabulary, resolve_for_engine
 from .visit_room import check_pool, visit_room
@@ -37,10 +38,12 @@ class SchedulerSide:
     """Owns the ledger."""
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: Any) -> None:
-        self.resolved: ResolvedConfig = resolve_for_engine(vllm_config, kv_cache_config)
+        group = our_group(kv_cache_config)
+        self.resolved: ResolvedConfig = resolve_for_engine(vllm_config, group)
         resolved, config = self.resolved, self.resolved.config
         scheduler = vllm_config.scheduler_config
-        check_pool(vllm_config, resolved, kv_cache_config.num_blocks)
+        others = blocks_of_others(vllm_config, kv_cache_config)
+        check_pool(vllm_config, resolved, kv_cache_config.num_blocks, others)
         limits = Limits(
             block_size=resolved.block_size,
             sink_blocks=resolved.sink_blocks,
@@ -56,6 +59,7 @@ class SchedulerSide:
             roomy_blocks=int(ROOMY * kv_cache_config.num_blocks),
             exact_pages=resolved.host_format is None,
             visit_room=visit_room(vllm_config, resolved),
+            blocks_a_step=len(kv_cache_config.kv_cache_groups),
         )
         self._service = SegmentationService(
             config.segmenter,
@@ -71,14 +75,7 @@ class SchedulerSide:
         log.info("%s", in_force(resolved))
 
     def bind(self, kv_cache_manager: Any) -> None:
-        managers = kv_cache_manager.coordinator.single_type_managers
-        if len(managers) != 1 or not isinstance(managers[0], SentenceKVManager):
-            raise ValueError(
-                "sentencekv needs one KV cache group of full-attention layers, found "
-                f"{[type(m).__name__ for m in managers]}: hybrid and sliding-window models are "
-                "not supported. Use another attention backend for this model."
-            )
-        self._manager = managers[0]
+        self._manager = our_manager(kv_cache_manager)
         self._manager.bind(self.ledger)
         reuse_up_to(kv_cache_manager, self._reusable_tokens)
         cache_up_to(kv_cache_manager, self.ledger.exact_tokens)

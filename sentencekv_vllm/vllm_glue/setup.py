@@ -11,12 +11,14 @@ from vllm import envs
 from vllm.config import KVTransferConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from ..request_options import RequestOptions, RequestOptionsError
 from ..resolved import ResolvedConfig, resolve
 from ..worker.host_check import check_pools_fit
 from .resolve import CPU_BLOCK_SIZE, user_config
-from .support import REFUSED
+from .support import HYBRIDS, REFUSED
+from .windows import KIND, Windows
 
 TESTED = ((0, 32), (0, 33))
 
@@ -74,7 +76,9 @@ def conflicts(vllm_config: Any) -> dict[str, tuple[bool, Any]]:
             current_platform.device_name,
         ),
     }
-    return found if model is None else found | _conflicts_of_model(model, cache)
+    if model is None:
+        return found
+    return found | _conflicts_of_model(model, cache) | _conflicts_of_windows(vllm_config)
 
 
 def _above_one(size: int) -> tuple[bool, int]:
@@ -92,12 +96,22 @@ def _conflicts_of_model(model: Any, cache: Any) -> dict[str, tuple[bool, Any]]:
         "encoder-decoder": (model.is_encoder_decoder, None),
         "MLA": (model.use_mla, None),
         "hybrid": (model.is_hybrid or model.is_attention_free, None),
-        "sliding window": (
-            model.get_sliding_window() is not None,
-            f"{model.get_sliding_window()} tokens",
-        ),
         "chunked attention": (chunk is not None, f"{chunk} tokens"),
         "sleep mode": (bool(getattr(model, "enable_sleep_mode", False)), None),
+    }
+
+
+def _conflicts_of_windows(vllm_config: Any) -> dict[str, tuple[bool, Any]]:
+    model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    windows, model_type = Windows.of(model), model.hf_text_config.model_type
+    found = windows.layers > 0
+    return {
+        "windows alone": (windows.alone, f"{windows.tokens} tokens"),
+        "other windows": (found and model_type not in HYBRIDS, model_type),
+        "one group for windows": (
+            found and bool(scheduler.disable_hybrid_kv_cache_manager),
+            None,
+        ),
     }
 
 
@@ -113,6 +127,17 @@ def inject_connector(vllm_config: Any, name: str) -> None:
     """Our connector, which the user need not name."""
     if vllm_config.kv_transfer_config is None:
         vllm_config.kv_transfer_config = KVTransferConfig(kv_connector=name, kv_role="kv_both")
+
+
+def leave_windows_to_stock(vllm_config: Any) -> None:
+    """The backend of windowed layers, where the user has not named it: vLLM's, and the one that
+    serves dense rows, since all layers of a model have one cache layout."""
+    model = vllm_config.model_config
+    if model is not None and Windows.of(model).layers:
+        from .backend import platform  # once a platform's attention is wanted
+
+        stock = AttentionBackendEnum[platform.BASE.get_name()]
+        vllm_config.attention_config.backend_per_kind.setdefault(KIND, stock)
 
 
 def settle(vllm_config: Any) -> None:
@@ -139,7 +164,7 @@ def resolved_config(vllm_config: Any) -> ResolvedConfig:
         block_size=vllm_config.cache_config.block_size,
         num_kv_heads=model.get_num_kv_heads(parallel),
         head_dim=model.get_head_size(),
-        num_layers=model.get_num_layers(parallel),
+        num_layers=model.get_num_layers(parallel) - Windows.of(model).layers,
         dtype_size=model.dtype.itemsize,
     )
 

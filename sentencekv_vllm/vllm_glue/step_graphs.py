@@ -73,9 +73,11 @@ def capture(original: Callable[..., None], manager: Any, *args: Any, **kwargs: A
 
 def _is_plain(manager: Any, arguments: dict[str, Any]) -> bool:
     """The model takes token ids and positions from the buffers, and returns hidden states. Other
-    models, and ranks whose collectives must be registered with a graph, keep piecewise graphs."""
+    models, and ranks whose collectives must be registered with a graph, keep piecewise graphs.
+    So do models with windowed layers: their metadata would be recorded with one step's lengths."""
     return (
         manager.hidden_states is not None
+        and len(arguments["kv_cache_config"].kv_cache_groups) == 1
         and manager.tp_size == manager.dp_size == 1
         and not arguments.get("has_lora")
         and not arguments.get("use_aux_hidden_state_outputs")

@@ -12,17 +12,20 @@ from ..config import ConfigError
 from ..resolved import ResolvedConfig, blocks
 from ..scheduler.visit_room import VisitRoom
 from ..worker.visit_stream import VisitSideStream, VisitsInProgramOrder
+from .windows import Windows
 
 
 def visit_room(vllm_config: Any, resolved: ResolvedConfig) -> VisitRoom | None:
     """The formula of this server; None where every prompt must fit on the GPU.
 
-    That is where it is switched off or the policy or the pool forbid it, and where vLLM admits a
-    request before all of it fits.
+    That is where it is switched off or the policy or the pool forbid it, where vLLM admits a
+    request before all of it fits, and where windowed layers have KV cache groups of their own,
+    which a visitor's promise does not count.
     """
     config = resolved.config
     reserves = vllm_config.scheduler_config.scheduler_reserve_full_isl
-    if not (reserves and resolved.histories_may_visit):
+    windowed = Windows.of(vllm_config.model_config).layers
+    if not (reserves and resolved.histories_may_visit) or windowed:
         return None
     side = VisitsInProgramOrder if current_platform.is_cpu() else VisitSideStream
     return VisitRoom(
@@ -45,21 +48,26 @@ def blocks_for(vllm_config: Any, resolved: ResolvedConfig, tokens: int) -> int:
     return min(whole, room.floor(tokens))
 
 
-def check_pool(vllm_config: Any, resolved: ResolvedConfig, num_blocks: int) -> None:
+def check_pool(
+    vllm_config: Any, resolved: ResolvedConfig, num_blocks: int, others: int = 0
+) -> None:
     """At start-up: one request of max_model_len can be served.
 
     Args:
         num_blocks: of vLLM's pool, the null block included.
+        others: that such a request takes in other KV cache groups.
 
     Raises:
         ConfigError: with the numbers needed.
     """
-    tokens, usable = vllm_config.model_config.max_model_len, num_blocks - 1
+    tokens, usable = vllm_config.model_config.max_model_len, num_blocks - 1 - others
     needed = blocks_for(vllm_config, resolved, tokens)
     if needed > usable:
+        windows = f" beside {others} for its windowed layers" if others else ""
         raise ConfigError(
             f"a request of max_model_len {tokens} needs {needed} KV blocks of "
-            f"{resolved.block_size}, the pool has {usable}{_on_the_host(vllm_config, resolved)}: "
+            f"{resolved.block_size}, the pool has {usable}{windows}"
+            f"{_on_the_host(vllm_config, resolved)}: "
             f"set --max-model-len {Capacity.of(vllm_config, resolved, usable).longest}, or give "
             "the pool more memory (--gpu-memory-utilization, --kv-cache-memory-bytes)"
         )

@@ -27,6 +27,7 @@ from ..worker.warm_start import MAX_ROWS
 from . import full_graphs, setup
 from .backend import platform
 from .calibration import find_bases
+from .groups import our_group
 from .resolve import resolve_for_engine
 from .visit_room import visit_room
 
@@ -42,10 +43,11 @@ def build_runtime(
         ConfigError: they do not fit into the memory that is left.
         ValueError: vLLM's KV cache, or its use of CUDA graphs, is not one that we can serve.
     """
-    resolved = resolve_for_engine(vllm_config, kv_cache_config)
+    group = our_group(kv_cache_config)
+    resolved = resolve_for_engine(vllm_config, group)
     _refuse_cache(kv_cache_config)
     full_graphs.install(vllm_config)
-    names = kv_cache_config.kv_cache_groups[0].layer_names
+    names = group.layer_names
     caches = [kv_caches[name] for name in names]
     for name, cache in zip(names, caches, strict=True):
         assert cache.is_contiguous(), f"{name}: the cache must be head-major (LBHNC)"

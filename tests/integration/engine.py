@@ -235,9 +235,11 @@ def runtime_of(llm: Any) -> Any:
 
 def leaks(llm: Any) -> dict[str, int]:
     """What an idle engine still holds, counted on the scheduler side; all zero is clean."""
+    from sentencekv_vllm.vllm_glue.groups import our_manager
+
     scheduler, ledger = scheduler_of(llm), ledger_of(llm)
     pool = scheduler.kv_cache_manager.block_pool
-    manager = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+    manager = our_manager(scheduler.kv_cache_manager)
     return {
         "blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
         "requests": len(scheduler.requests),

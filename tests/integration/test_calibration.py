@@ -279,20 +279,22 @@ def test_both_runners_can_be_wrapped_and_hand_out_their_model(module):
     assert tuple(inspect.signature(runner.get_model).parameters) == ("self",)
 
 
+@pytest.mark.parametrize("window", [None, 40, 256])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_plain_attention_is_causal_softmax(softcap):
+def test_plain_attention_is_causal_softmax(softcap, window):
     from sentencekv_vllm.vllm_glue.recorder import attend_causally
 
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(300, 4, 16, generator=generator)
     key, value = torch.randn(2, 300, 2, 16, generator=generator)
-    found = attend_causally(query, key, value, 0.3, softcap)
+    found = attend_causally(query, key, value, 0.3, softcap, window)
     for token in (0, 1, 255, 256, 299):
+        first = 0 if window is None else max(0, token - window + 1)
         for head in range(4):
-            logits = 0.3 * key[: token + 1, head // 2] @ query[token, head]
+            logits = 0.3 * key[first : token + 1, head // 2] @ query[token, head]
             if softcap:
                 logits = softcap * torch.tanh(logits / softcap)
-            expected = logits.softmax(0) @ value[: token + 1, head // 2]
+            expected = logits.softmax(0) @ value[first : token + 1, head // 2]
             torch.testing.assert_close(found[token, head], expected, rtol=1e-4, atol=1e-5)
 
 

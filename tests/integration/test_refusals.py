@@ -25,7 +25,14 @@ from sentencekv_vllm.worker.host_memory import GIB, available_bytes  # noqa: E40
 
 
 def configuration(
-    model=(), parallel=(), cache=(), attention=(), transfer=None, speculative=None, settings=()
+    model=(),
+    parallel=(),
+    cache=(),
+    attention=(),
+    scheduler=(),
+    transfer=None,
+    speculative=None,
+    settings=(),
 ):
     """A vLLM configuration that is supported, but for the changes."""
 
@@ -33,7 +40,8 @@ def configuration(
         return SimpleNamespace(**(defaults | dict(changes)))
 
     model = dict(model)
-    window = model.pop("sliding_window", None)
+    text = {"model_type": "llama", "num_hidden_layers": 3, "sliding_window": None}
+    text |= {name: model.pop(name) for name in (*text, "layer_types") if name in model}
     return SimpleNamespace(
         additional_config={"sentencekv": dict(settings)},
         model_config=namespace(
@@ -45,8 +53,11 @@ def configuration(
             is_attention_free=False,
             enable_sleep_mode=False,
             dtype=torch.bfloat16,
-            get_sliding_window=lambda: window,
+            max_model_len=8192,
+            hf_text_config=SimpleNamespace(**text),
+            get_sliding_window=lambda: text["sliding_window"],
         ),
+        scheduler_config=namespace(scheduler, disable_hybrid_kv_cache_manager=None),
         parallel_config=namespace(
             parallel,
             pipeline_parallel_size=1,
@@ -68,12 +79,25 @@ def configuration(
     )
 
 
+LAYER_TYPES = ["sliding_attention", "sliding_attention", "full_attention"]
+GEMMA = {"model_type": "gemma3_text", "sliding_window": 4096, "layer_types": LAYER_TYPES}
+
 REFUSED = {
     "MLA": ({"model": {"use_mla": True}}, "multi-head latent", "another attention backend"),
-    "sliding window": (
+    "windows alone": (
         {"model": {"sliding_window": 4096}},
-        "sliding-window attention .here 4096 tokens",
+        "a sliding window in every layer .here 4096 tokens",
+        "set --max-model-len to the window",
+    ),
+    "other windows": (
+        {"model": GEMMA | {"model_type": "gemma2"}},
+        "other model types .here gemma2.*so far .*gemma3_text",
         "another attention backend",
+    ),
+    "one group for windows": (
+        {"model": GEMMA, "scheduler": {"disable_hybrid_kv_cache_manager": True}},
+        "--disable-hybrid-kv-cache-manager",
+        "remove it",
     ),
     "hybrid": ({"model": {"is_hybrid": True}}, "hybrid, Mamba", "another attention backend"),
     "Mamba": (
@@ -180,6 +204,16 @@ def test_what_is_supported_is_not_refused():
     setup.refuse(configuration(cache={"cache_dtype": "bfloat16"}))
     setup.refuse(configuration(cache={"prefix_match_unit": 32}))
     setup.refuse(configuration(transfer=SimpleNamespace(kv_connector="SentenceKVConnector")))
+    setup.refuse(configuration(model=GEMMA))
+    setup.refuse(configuration(scheduler={"disable_hybrid_kv_cache_manager": True}))
+
+
+@pytest.mark.parametrize("window", [8192, 2**18])
+def test_a_window_that_no_request_outgrows_is_none(window):
+    setup.refuse(configuration(model={"sliding_window": window}))
+    setup.refuse(configuration(model=GEMMA | {"model_type": "other", "sliding_window": window}))
+    with pytest.raises(ValueError, match="in every layer .here 8191 tokens"):
+        setup.refuse(configuration(model={"sliding_window": 8191}))
 
 
 @pytest.mark.parametrize("version", ["0.31.4", "0.34.0", "1.0.0rc1", "0.34.0.dev5+g1234567"])
@@ -266,12 +300,61 @@ def test_a_layer_with_alibi_or_a_shared_cache_is_refused(arguments, reason):
         Impl(**(values | arguments))
 
 
-def test_two_kinds_of_layers_are_refused_when_the_caches_are_bound():
-    from sentencekv_vllm.vllm_glue.scheduler_side import SchedulerSide
+def test_a_layer_with_a_window_of_its_own_is_refused():
+    from sentencekv_vllm.vllm_glue.impl import refuse_window
 
-    two = SimpleNamespace(coordinator=SimpleNamespace(single_type_managers=[object(), object()]))
-    with pytest.raises(ValueError, match="one KV cache group.*another attention backend"):
-        SchedulerSide.bind(SimpleNamespace(), two)
+    refuse_window(None, 8192)
+    refuse_window(8192, 8192)
+    with pytest.raises(ValueError, match="windowed layer.*here 8191 tokens.*another attention"):
+        refuse_window(8191, 8192)
+
+
+@pytest.mark.parametrize("ours", [0, 2])
+def test_full_layers_in_other_than_one_group_are_refused(ours):
+    from sentencekv_vllm.vllm_glue.groups import our_group, our_manager
+    from sentencekv_vllm.vllm_glue.manager import SentenceKVManager
+    from sentencekv_vllm.vllm_glue.spec import SentenceKVSpec
+
+    shape = {"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
+    others = [SimpleNamespace(kv_cache_spec=object())]
+    groups = [SimpleNamespace(kv_cache_spec=SentenceKVSpec(**shape))] * ours + others
+    managers = [object.__new__(SentenceKVManager)] * ours + [object()]
+    coordinator = SimpleNamespace(single_type_managers=managers)
+    for find, among in (
+        (our_group, SimpleNamespace(kv_cache_groups=groups)),
+        (our_manager, SimpleNamespace(coordinator=coordinator)),
+    ):
+        with pytest.raises(ValueError, match=f"not one KV cache group .here {ours} of"):
+            find(among)
+
+
+@pytest.mark.parametrize("model", [{}, GEMMA], ids=["dense", "windows"])
+def test_prompts_of_models_with_windows_must_fit(model):
+    from sentencekv_vllm.config import ConfigError
+    from sentencekv_vllm.vllm_glue.visit_room import Capacity, check_pool, visit_room
+
+    config = configuration(model=model, scheduler={"scheduler_reserve_full_isl": True})
+    config.max_in_flight_tokens = 1024
+    sizes = {"num_kv_heads": 2, "head_dim": 64, "num_layers": 4, "dtype_size": 2}
+    resolved = resolve(SentenceKVConfig(), block_size=32, **sizes)
+    assert (visit_room(config, resolved) is None) == bool(model)
+    assert bool(Capacity.of(config, resolved, 200).visiting) != bool(model)
+    if model:  # 8192 tokens are 256 blocks; the windows take some of the pool
+        check_pool(config, resolved, 257 + 40, others=40)
+        with pytest.raises(ConfigError, match="needs 256 .*, the pool has 255 beside 40 for"):
+            check_pool(config, resolved, 256 + 40, others=40)
+
+
+def test_windowed_layers_keep_the_stock_backend_and_the_users_choice():
+    register()
+    config = configuration(model=GEMMA, attention={"backend_per_kind": {}})
+    setup.leave_windows_to_stock(config)
+    (chosen,) = config.attention_config.backend_per_kind.items()
+    assert chosen[0] == "sliding_window" and chosen[1].name != "SENTENCEKV"
+    for model, kinds in ((GEMMA, {"sliding_window": "mine"}), ({}, {})):
+        config = configuration(model=model, attention={"backend_per_kind": dict(kinds)})
+        setup.leave_windows_to_stock(config)
+        assert config.attention_config.backend_per_kind == kinds
 
 
 def real(tmp_path=None, changes=None, **options):
@@ -336,7 +419,7 @@ def test_a_sliding_window_model_is_refused(tmp_path):
         "model_type": "mistral",
         "sliding_window": 1024,
     }
-    with pytest.raises(ValueError, match="sliding-window attention"):
+    with pytest.raises(ValueError, match="a sliding window in every layer"):
         real(tmp_path, mistral)
 
 

@@ -315,6 +315,25 @@ ROWS: tuple[Name, ...] = (
             "get_layers_from_vllm_config": "vllm_config, layer_type, layer_names=None",
         },
     ),
+    *of(
+        "model_executor/layers/attention/attention.py",
+        "Attention",
+        "vllm_glue/calibration_run.py",
+        How.READ,
+        (
+            "impl",
+            "sliding_window",
+        ),
+    ),
+    Name(
+        "model_executor/layers/attention/attention.py",
+        "unified_attention_with_output",
+        "vllm_glue/calibration_run.py",
+        How.ORDER,
+        parts=(
+            "self.impl.forward(self, query, key, value, kv_cache, attn_metadata, output=output",
+        ),
+    ),
     Name(
         "v1/attention/backends/cpu_attn.py",
         "CPUAttentionMetadataBuilder._set_isa_to_layers",

@@ -160,11 +160,50 @@ ROWS: tuple[Name, ...] = (
         "vllm_glue/setup.py",
         How.CALLED,
         {
-            "get_sliding_window": "self",
             "get_num_kv_heads": "self, parallel_config, arch_config=None",
             "get_head_size": "self",
             "get_num_layers": "self, parallel_config",
         },
+    ),
+    *of(
+        "config/model.py",
+        "ModelConfig",
+        "vllm_glue/windows.py",
+        How.CALLED,
+        {
+            "get_sliding_window": "self",
+        },
+    ),
+    *of(
+        "config/model.py",
+        "ModelConfig",
+        "vllm_glue/windows.py",
+        How.READ,
+        (
+            "max_model_len",
+            "hf_text_config",
+        ),
+    ),
+    Name(
+        "v1/attention/selector.py",
+        "get_attn_backend",
+        "vllm_glue/setup.py",
+        How.ORDER,
+        parts=("attention_config.backend_per_kind.get(kind.value, backend)",),
+    ),
+    Name(
+        "v1/kv_cache_interface.py",
+        "KVCacheSpecKind",
+        "vllm_glue/windows.py",
+        How.READ,
+        parts=("'sliding_window'",),
+    ),
+    *of(
+        "config/scheduler.py",
+        "SchedulerConfig",
+        "vllm_glue/setup.py",
+        How.READ,
+        ("disable_hybrid_kv_cache_manager",),
     ),
     *of(
         "config/model.py", "ModelConfig", "vllm_glue/resolve.py", How.READ, ("skip_tokenizer_init",)

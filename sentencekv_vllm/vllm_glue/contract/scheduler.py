@@ -30,7 +30,7 @@ ROWS: tuple[Name, ...] = (
     *of(
         "v1/core/kv_cache_manager.py",
         "KVCacheManager",
-        "vllm_glue/scheduler_side.py",
+        "vllm_glue/groups.py",
         How.READ,
         ("coordinator",),
     ),
@@ -44,7 +44,7 @@ ROWS: tuple[Name, ...] = (
     *of(
         "v1/core/kv_cache_coordinator.py",
         "KVCacheCoordinator",
-        "vllm_glue/scheduler_side.py",
+        "vllm_glue/groups.py",
         How.READ,
         ("single_type_managers",),
     ),
@@ -196,10 +196,17 @@ ROWS: tuple[Name, ...] = (
             "kv_cache_spec",
         ),
     ),
+    Name(
+        "v1/kv_cache_interface.py",
+        "SlidingWindowSpec",
+        "vllm_glue/backend.py",
+        How.READ,
+        parts=("sliding_window", "extra_retained_tokens"),
+    ),
     *of(
         "v1/kv_cache_interface.py",
         "KVCacheConfig",
-        "vllm_glue/resolve.py",
+        "vllm_glue/groups.py",
         How.READ,
         ("kv_cache_groups",),
     ),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .entry import Entry, Kind
+from .hybrids import HYBRIDS
 from .refused_by_option import REFUSALS, START
 
 LAYER = f"{REFUSALS}::test_layers_that_the_backend_cannot_serve_are_refused_not_replaced"
@@ -19,13 +20,28 @@ BY_MODEL: dict[str, Entry] = {
         OTHER_BACKEND,
         "DeepSeek, Kimi, GLM-5, Mistral-Large-3",
     ),
-    "sliding window": Entry(
-        "sliding-window attention",
+    "windows alone": Entry(
+        "a sliding window in every layer",
         Kind.AT_START,
-        "windowed layers are a KV cache group of their own, and the backend tracks one group",
-        (f"{START}[sliding window]", f"{REFUSALS}::test_a_sliding_window_model_is_refused"),
+        "nothing lies behind the window that could be selected",
+        (f"{START}[windows alone]", f"{REFUSALS}::test_a_sliding_window_model_is_refused"),
+        "use another attention backend, or set --max-model-len to the window at most",
+        "Mistral 7B v0.1, Phi-3-mini-4k",
+    ),
+    "other windows": Entry(
+        "sliding-window and full layers of other model types",
+        Kind.AT_START,
+        f"they are lifted one by one, with an engine test; so far {', '.join(HYBRIDS)}",
+        (f"{START}[other windows]",),
         OTHER_BACKEND,
-        "Gemma, gpt-oss, Command-A, OLMo 3",
+        "gpt-oss, Gemma 2, Gemma 4, MiMo, Step, Llama 4",
+    ),
+    "untold window": Entry(
+        "a windowed layer whose window the model's configuration does not tell",
+        Kind.BY_LAYER,
+        "it would be tracked as a layer that sees the whole past",
+        (f"{REFUSALS}::test_a_layer_with_a_window_of_its_own_is_refused",),
+        OTHER_BACKEND,
     ),
     "chunked attention": Entry(
         "chunked local attention",
@@ -58,10 +74,10 @@ BY_MODEL: dict[str, Entry] = {
         OTHER_BACKEND,
     ),
     "several groups": Entry(
-        "models whose layers fall into several KV cache groups",
+        "models whose full-attention layers are not one KV cache group",
         Kind.BY_CACHE,
         "blocks of one group are tracked, copied out and freed",
-        (f"{REFUSALS}::test_two_kinds_of_layers_are_refused_when_the_caches_are_bound",),
+        (f"{REFUSALS}::test_full_layers_in_other_than_one_group_are_refused",),
         OTHER_BACKEND,
     ),
     "sinks": Entry(

@@ -115,6 +115,13 @@ BY_OPTION: dict[str, Entry] = {
         (f"{START}[platform]",),
         "use another attention backend",
     ),
+    "one group for windows": Entry(
+        "--disable-hybrid-kv-cache-manager for a model with sliding windows",
+        Kind.AT_START,
+        "windowed layers would be in the group whose history is freed",
+        (f"{START}[one group for windows]",),
+        "remove it",
+    ),
     "some layers": Entry(
         "backend_per_kind with this backend for some layers",
         Kind.AT_START,

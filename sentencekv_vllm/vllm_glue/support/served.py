@@ -20,6 +20,12 @@ SERVED: tuple[Entry, ...] = (
         f"{T}/test_exactness.py::test_full_attention_is_bit_identical_to_stock_attention",
     ),
     _served(
+        "a sliding window that no request outgrows: Phi-4-mini",
+        "a window of --max-model-len or more is full attention, in models of any type",
+        f"{T}/test_hybrids.py::test_full_attention_gives_the_tokens_of_stock_attention[phi3]",
+        f"{T}/test_refusals.py::test_a_window_that_no_request_outgrows_is_none",
+    ),
+    _served(
         "prefix caching, `n > 1`",
         "what sparse attention wrote is never found again; a second turn recomputes it",
         f"{T}/test_prefix_cache.py::test_a_second_turn_recomputes_what_sparse_attention_wrote",
