@@ -90,6 +90,11 @@ class Model:
         return hidden
 
 
+def groups(count):
+    """A KV cache configuration of vLLM's."""
+    return SimpleNamespace(kv_cache_groups=[None] * count)
+
+
 class StepWorker(Worker):
     """A V2 worker whose decode steps may be full graphs."""
 
@@ -119,6 +124,7 @@ class StepWorker(Worker):
                 self.model,
                 state,
                 input_buffers=self.buffers,
+                kv_cache_config=groups(1),
             )
 
     def decode(self):
@@ -231,18 +237,25 @@ def test_a_step_that_cannot_be_recorded_runs_and_is_the_last_that_is_tried(monke
     assert "could not be recorded as one CUDA graph (operation not permitted" in caplog.text
 
 
-@pytest.mark.parametrize("change", ["no graphs", "tensor parallel", "more inputs", "ahead"])
+@pytest.mark.parametrize(
+    "change", ["no graphs", "tensor parallel", "more inputs", "windows", "ahead"]
+)
 def test_steps_that_cannot_be_one_graph_are_not(monkeypatch, change):
     graph = None if change == "no graphs" else FakeGraph
     kind = QueryKind.PREVIOUS if change == "ahead" else QueryKind.CURRENT
     worker = StepWorker(monkeypatch, graph, with_graphs=True, query_kind=kind)
-    if change in ("tensor parallel", "more inputs"):
+    if change in ("tensor parallel", "more inputs", "windows"):
         del worker.manager.sentencekv_forward
         worker.manager.tp_size = 2 if change == "tensor parallel" else 1
         extra = {"inputs_embeds": 0} if change == "more inputs" else {}
         state = SimpleNamespace(prepare_dummy_inputs=lambda *_: extra)
         step_graphs.capture(
-            lambda *_, **__: None, worker.manager, worker.model, state, input_buffers=worker.buffers
+            lambda *_, **__: None,
+            worker.manager,
+            worker.model,
+            state,
+            input_buffers=worker.buffers,
+            kv_cache_config=groups(3 if change == "windows" else 1),
         )
     if change == "ahead":
         worker.runtime._prefetch = object()
