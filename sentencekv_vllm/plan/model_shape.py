@@ -92,20 +92,24 @@ def _dtype(text: Any, dtype: str) -> str:
 
 
 def _refuse(config: Any, text: Any) -> None:
-    """What a server would refuse by its configuration, in the same words."""
+    """What a server would refuse by its configuration, in the same words, and what has layers
+    of several kinds, whose memory is not counted here."""
     kinds = set(getattr(text, "layer_types", None) or ())
-    window = getattr(text, "sliding_window", None)
-    windowed = window if getattr(text, "use_sliding_window", True) else None
     found = {
         "MLA": getattr(text, "kv_lora_rank", None),
         "encoder-decoder": getattr(config, "is_encoder_decoder", False),
-        "sliding window": windowed,
         "hybrid": kinds - {"full_attention", "sliding_attention"},
     }
     for key, value in found.items():
         if value:
-            shown = f"{value} tokens" if key == "sliding window" else None
-            raise PlanError(REFUSED[key].refusal(shown))
+            raise PlanError(REFUSED[key].refusal(None))
+    window = getattr(text, "sliding_window", None) or text.max_position_embeddings
+    windowed = getattr(text, "use_sliding_window", True) and kinds != {"full_attention"}
+    if windowed and window < text.max_position_embeddings:
+        raise PlanError(
+            f"MODEL must have full attention in every layer for its sizes to be counted, got "
+            f"windows of {window} tokens: start the server, which logs what it holds"
+        )
 
 
 def _parameters(config: Any) -> int:

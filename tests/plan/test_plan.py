@@ -178,7 +178,7 @@ def test_weights_without_files_are_counted(tmp_path, capsys):
     "changes, options, told",
     [
         ({"sliding_window": 512, "layer_types": ["sliding_attention"] * 4, "model_type": "qwen3",
-          "use_sliding_window": True}, [], "does not support sliding-window attention (here 512"),
+          "use_sliding_window": True}, [], "full attention in every layer"),
         ({}, ["--context", "40000"], "set it to at most 32768"),
         ({}, ["--tensor-parallel", "3"], "must divide the model's 4 heads"),
         ({}, ["--budget", "100"], "the smallest budget is 192"),
