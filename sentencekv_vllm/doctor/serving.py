@@ -20,6 +20,7 @@ GLUE = "sentencekv_vllm.vllm_glue"
 PRESENCE, SELF_TEST = f"{GLUE}.presence", f"{GLUE}.self_test"
 TIMEOUT_S = 600  # of a start; the first one on a machine may compile
 ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "INFO",  # the lines at start are part of what is told
     "OMP_NUM_THREADS": "1",  # equal work then gives equal bits
     "VLLM_CPU_ATTN_SPLIT_KV": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -55,7 +55,7 @@ class SplitImpl:
                 f"(here: {kv_sharing_target_layer_name}). Use another attention backend."
             )
         config = get_current_vllm_config_or_none()
-        if config is not None:  # the worker's model is being made
+        if config is not None and config.model_config is not None:  # the worker's model is made
             model_runner.install(config)
             refuse_window(sliding_window, config.model_config.max_model_len)
         super().__init__(  # type: ignore[call-arg]  # the stock implementation's

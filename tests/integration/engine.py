@@ -39,8 +39,18 @@ SETTINGS = {  # small enough that prompts of a thousand tokens are sparse
 }
 
 
-def apart(function: Callable[..., Any], *args: Any, timeout_s: float = 280, **kwargs: Any) -> Any:
+def apart(
+    function: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 280,
+    fresh: bool = False,
+    **kwargs: Any,
+) -> Any:
     """Run `function(*args, **kwargs)` in a new process; everything is pickled.
+
+    Args:
+        timeout_s: then it is killed.
+        fresh: a process that has imported nothing, for functions that say how Triton is imported.
 
     Raises:
         AssertionError: it raised, died or took too long; the message ends with its output.
@@ -49,7 +59,8 @@ def apart(function: Callable[..., Any], *args: Any, timeout_s: float = 280, **kw
         given, result, log = (Path(folder, name) for name in ("given", "result", "log"))
         given.write_bytes(pickle.dumps((args, kwargs)))
         place = (inspect.getfile(function), function.__name__)
-        process = _forks().Process(target=_run, args=(*place, given, result, log, environment()))
+        context = multiprocessing.get_context("spawn") if fresh else _forks()
+        process = context.Process(target=_run, args=(*place, given, result, log, environment()))
         process.start()
         try:
             process.join(timeout_s)
@@ -91,6 +102,7 @@ def _run(
     os.dup2(output, 2)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # of the environment before
     try:
         spec = importlib.util.spec_from_file_location(Path(module_path).stem, module_path)
         module = importlib.util.module_from_spec(spec)

@@ -68,7 +68,8 @@ def test_inputs_without_a_fixed_prompt_of_text_stay_dense(change):
         _options=lambda request: (Reason.SHORT_CONTEXT, object(), False),
         _segment=lambda state: None,
     )
-    request = {"request_id": "a", "prompt_token_ids": [1, 2], "resumable": False, "mm_features": []}
+    request = {"request_id": "a", "prompt_token_ids": [1, 2], "resumable": False}
+    request |= {"mm_features": [], "sampling_params": None}
     SchedulerSide.add(side, SimpleNamespace(**request, all_token_ids=[1, 2]))
     SchedulerSide.add(side, SimpleNamespace(**(request | change), all_token_ids=[1, 2]))
     plain, special = states

@@ -22,7 +22,12 @@ def soak(settings, blocks):
     """
     rng = random.Random(7)
     llm = make_llm(
-        settings, blocks=blocks, max_num_batched_tokens=1024, max_num_seqs=12, max_model_len=2600
+        settings,
+        blocks=blocks,
+        max_num_batched_tokens=1024,
+        max_num_seqs=12,
+        max_model_len=2600,
+        dtype="float32",
     )
     engine, scheduler = llm.llm_engine, scheduler_of(llm)
     lengths = [rng.choice((120, 300, 700, 1100, 1600)) for _ in range(COUNT)]
