@@ -79,7 +79,7 @@ def inspect(
         complain(COMMAND, str(error))
         return FAILED
     except Exception as error:  # the engine's, of any kind
-        complain(COMMAND, f"{type(error).__name__}: {error}")
+        complain(COMMAND, _reason(error))
         return FAILED
     out.write_text(render(answer, trace), encoding="utf-8")
     print(f"Answer: {''.join(answer.tokens).strip()}\n\nSelected most, of layers, heads and steps:")
@@ -88,3 +88,9 @@ def inspect(
         print(f"{shares[i]:7.1%}  {' '.join(answer.sentences[i].split())[:WIDTH]}")
     print(f"\n{trace.num_hits} hits, {trace.num_misses} misses; {len(trace.lengths)} steps: {out}")
     return 0
+
+
+def _reason(error: Exception) -> str:
+    """In our words, where vLLM's configuration has wrapped them."""
+    wrapped = str(error).partition("Value error, ")[2].partition(" [type=")[0]
+    return wrapped or f"{type(error).__name__}: {error}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import SentenceKVConfig
+from ..config import ConfigError, SentenceKVConfig
 from ..evaluation.engine import Request, VllmEngine
 from ..evaluation.real.chat import chat_of
 from ..segmentation import SentenceLengths, Vocabulary
@@ -59,6 +59,13 @@ def ask(inquiry: Inquiry) -> tuple[Answer, Trace]:
         InspectError: no step has selected anything.
     """
     config = SentenceKVConfig.from_dict(inquiry.settings)
+    least = config.num_sink_tokens + config.recent_window + inquiry.block_size
+    if inquiry.budget < least:
+        raise ConfigError(
+            f"--budget {inquiry.budget} is below num_sink_tokens {config.num_sink_tokens} + "
+            f"recent_window {config.recent_window} + one block of {inquiry.block_size}: the "
+            f"smallest is {least}"
+        )
     chat = chat_of(inquiry.model)
     prompt = inquiry.text
     if inquiry.question:
