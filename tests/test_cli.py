@@ -100,3 +100,20 @@ def test_a_shell_completes_commands_options_and_choices(words, expected, capsys,
     with pytest.raises(SystemExit):
         cli.main([])
     assert capsys.readouterr().out.split() == [expected]
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        ([], "a text is needed, once"),
+        (["--text", "a", "--prompt", "b"], "a text is needed, once"),
+        (["--prompt", "none.txt"], "--prompt must name a file in UTF-8, got none.txt"),
+        (["--text", "a", "--out", "none/page.html"], "--out must lie in a folder that exists"),
+        (["--text", "a", "--budget", "100"], "--budget 100 is below num_sink_tokens 32 + "),
+        (["--text", "a", "--policy", "quset"], "policy 'quset' is not known: did you mean"),
+    ],
+)
+def test_inspect_says_what_it_needs_before_it_starts_an_engine(arguments, told, capsys):
+    assert cli.main(["inspect", "model", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"sentencekv inspect: {told}")

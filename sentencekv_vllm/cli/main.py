@@ -13,6 +13,7 @@ from typer.main import get_command
 from .. import __version__
 from .complaint import FAILED, MISUSED, complain_of_usage
 from .doctor import doctor
+from .inspect import inspect
 from .plan import plan
 from .wrapped import wrapping
 
@@ -126,8 +127,9 @@ def _presets(
 
 app.command("doctor")(doctor)
 app.command("plan")(plan)
+app.command("inspect")(inspect)
 
-COMMANDS = (*WRAPPED, "presets", "doctor", "plan")
+COMMANDS = (*WRAPPED, "presets", "doctor", "plan", "inspect")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

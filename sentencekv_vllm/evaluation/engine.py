@@ -7,12 +7,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .divergence import Distributions
+
+if TYPE_CHECKING:
+    from ..worker.runtime import Runtime
 
 FORCE = "sentencekv_vllm.vllm_glue.force_tokens"
 
@@ -40,6 +43,8 @@ class Completion:
     cached_tokens: int = 0  # of the prompt, from the prefix cache
     forced: Distributions | None = None
     """Of `Request.measured`."""
+    prompt_ids: tuple[int, ...] = ()  # tokens, where the engine tells
+    output_ids: tuple[int, ...] = ()
 
 
 class Engine(Protocol):
@@ -105,6 +110,19 @@ class VllmEngine:
         self._end = self._tokenizer.eos_token_id
         self._vocabulary = self._llm.llm_engine.vllm_config.model_config.get_vocab_size()
 
+    @property
+    def runtime(self) -> Runtime:
+        """Of the worker, which is in this process, too."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        found: Runtime = get_kv_transfer_group().runtime
+        return found
+
+    @property
+    def tokenizer(self) -> Any:
+        """As vLLM wraps it."""
+        return self._tokenizer
+
     def count_tokens(self, text: str) -> int:
         return len(self._tokens(text))
 
@@ -131,6 +149,8 @@ class VllmEngine:
             summary=(output.kv_transfer_params or {})["sentencekv"],
             cached_tokens=output.num_cached_tokens or 0,
             forced=measured,
+            prompt_ids=tuple(output.prompt_token_ids or ()),
+            output_ids=tuple(reply.token_ids),
         )
 
     def _tokens(self, text: str) -> list[int]:
