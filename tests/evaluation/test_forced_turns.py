@@ -39,7 +39,9 @@ class LLM:
             tokens = tokens[: tokens.index(END) + 1]
         reply = SimpleNamespace(text="", token_ids=tokens)
         told = {"sentencekv": {"mode": "sparse"}}
-        return SimpleNamespace(outputs=[reply], kv_transfer_params=told, num_cached_tokens=0)
+        return SimpleNamespace(
+            outputs=[reply], kv_transfer_params=told, num_cached_tokens=0, prompt_token_ids=[]
+        )
 
 
 @pytest.fixture

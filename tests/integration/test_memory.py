@@ -73,11 +73,11 @@ def test_a_sparse_request_holds_the_same_few_blocks_whatever_its_context():
 
 
 def crowd(settings, count, num_blocks):
-    """Requests of 8K tokens in a pool that holds two of them densely."""
-    options = {"max_model_len": 8400, "max_num_seqs": 16, "dtype": DTYPE}
+    """Requests of 5K tokens in a pool that holds two of them densely."""
+    options = {"max_model_len": 5400, "max_num_seqs": 16, "dtype": DTYPE}
     llm = make_llm(settings, blocks=num_blocks, **options)
     engine, scheduler = llm.llm_engine, scheduler_of(llm)
-    items = make_items(llm, [8000] * count, seed=40)
+    items = make_items(llm, [5000] * count, seed=40)
     params = greedy(48, stop=None, ignore_eos=True)
     names = {engine.add_request(str(i), x.prompt, params): x for i, x in enumerate(items)}
     decoding, right = 0, []
@@ -92,7 +92,7 @@ def crowd(settings, count, num_blocks):
 
 @pytest.mark.slow
 def test_eight_requests_decode_where_two_fit_densely():
-    num_blocks = 2 * (8400 // BLOCK) + 1
+    num_blocks = 2 * (5400 // BLOCK) + 1
     dense, dense_right, *_ = apart(crowd, None, 10, num_blocks)
     sparse, right, _, clean = apart(crowd, {"host_pool_gib": 0.5}, 10, num_blocks)
     assert dense <= 2

@@ -11,7 +11,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from engine import apart, greedy, leaks, make_items, make_llm, scheduler_of  # noqa: E402
 
-COUNT = 200
+COUNT = 80
 
 
 def soak(settings, blocks):
@@ -67,14 +67,14 @@ def soak(settings, blocks):
 
 
 @pytest.mark.slow
-def test_two_hundred_requests_with_aborts_and_preemption():
+def test_many_requests_with_aborts_and_preemption():
     dense, *_ = apart(soak, None, 1600)
     right, modes, preemptions, held = apart(soak, {"token_budget": 320}, 100)
     undisturbed = dense.keys() & right.keys()
     solvable = [i for i in undisturbed if dense[i]]
     wrong = [i for i in solvable if not right[i]]
-    assert len(undisturbed) >= 160 and len(solvable) >= 0.8 * len(undisturbed)
+    assert len(undisturbed) >= 0.8 * COUNT and len(solvable) >= 0.8 * len(undisturbed)
     assert len(wrong) <= 0.03 * len(solvable), f"{len(wrong)} of {len(solvable)}: {wrong}"
     assert preemptions > 0, "the pool must be too small"
-    assert modes["sparse"] > 60 and modes["short_context"] > 10
+    assert modes["sparse"] > 20 and modes["short_context"] > 4
     assert not any(held.values()), held

@@ -68,8 +68,9 @@ def test_pages_are_byte_copies_with_the_codes_of_their_keys(
     changed = result.means != expected.means
     assert int((result.means.int() - expected.means.int()).abs().max()) <= 1
     assert changed.float().mean() < 2e-3, "two orders of summation round apart"
+    # A code in doubt, of a few channels, moves the scale of its token as well.
     torch.testing.assert_close(
-        result.scales[pages], expected.scales[pages], rtol=2 * BFLOAT16_STEP, atol=0
+        result.scales[pages], expected.scales[pages], rtol=4 * BFLOAT16_STEP, atol=0
     )
     assert_codes_differ_in_doubt_only(case, result, expected, blocks, pages)
     untouched = torch.ones(len(result.codes), dtype=torch.bool)

@@ -23,6 +23,7 @@ def answer(model: str, text: str, blocks: int):
         blocks=blocks,
         fits=False,
         model=model,
+        dtype="float32",  # not every CPU has bfloat16 products
         max_model_len=TOKENS + 40,
         max_num_batched_tokens=256,
     )
