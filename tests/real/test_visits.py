@@ -17,7 +17,8 @@ TOKENS, BLOCK = 2400, 32
 
 def answer(model: str, text: str, blocks: int):
     """What the model says about a text, its pool's smallest size, and what was seen."""
-    settings = {"token_budget": 160, "working_set_tokens": 96, "calibration": False}
+    settings = {"token_budget": 160, "working_set_tokens": 96, "host_pool_gib": 0.2}
+    settings["calibration"] = False
     llm = make_llm(
         settings,
         blocks=blocks,
