@@ -81,7 +81,9 @@ def test_spacy_does_not_stall_the_engine(service, byte_coded, state, num_tokens)
     assert len(during.wall) > 50, "too few steps to tell"
     # Times of threads are free of what else the machine does: all that the service does to a
     # step is its own calls, and the interpreter lock that carrying may hold.
-    assert max(calls.thread) < STALL_S / 2
+    # The first call starts the process: a mistake is tens of milliseconds, not a slow fork.
+    assert max(calls.thread[1:]) < STALL_S / 2
+    assert calls.thread[0] < 4 * STALL_S
     assert beside < STALL_S
     # Wall time has the machine's noise in it, of which the steps alone have as much.
     assert np.quantile(calls.wall, 0.99) < STALL_S
