@@ -22,17 +22,9 @@ class Need:
     @classmethod
     def of(cls, context: int, resolved: ResolvedConfig, machine: Machine) -> Need:
         """Args: context: tokens of prompt and answer."""
-        dense, config = blocks(context, resolved.block_size), resolved.config
-        room = VisitRoom(
-            block_size=resolved.block_size,
-            num_layers=resolved.num_layers,
-            halves=machine.staging_halves,
-            sink_blocks=resolved.sink_blocks,
-            recent_tokens=config.recent_window,
-            max_sentence_tokens=config.max_sentence_tokens,
-            in_flight_tokens=machine.batches_in_flight * machine.chunk_tokens,
-            working_set_blocks=resolved.working_set_blocks,
-        )
+        dense = blocks(context, resolved.block_size)
+        in_flight = machine.batches_in_flight * machine.chunk_tokens
+        room = VisitRoom.of(resolved, machine.staging_halves, in_flight)
         visits = resolved.histories_may_visit
         return cls(
             dense_blocks=dense,

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
+
+from ..resolved import ResolvedConfig
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,20 @@ class VisitRoom:
     max_sentence_tokens: int
     in_flight_tokens: int  # scheduled at once, steps that have not returned included
     working_set_blocks: int
+
+    @classmethod
+    def of(cls, resolved: ResolvedConfig, halves: int, in_flight_tokens: int) -> Self:
+        """Of a server with these settings; see the fields."""
+        return cls(
+            block_size=resolved.block_size,
+            num_layers=resolved.num_layers,
+            halves=halves,
+            sink_blocks=resolved.sink_blocks,
+            recent_tokens=resolved.config.recent_window,
+            max_sentence_tokens=resolved.config.max_sentence_tokens,
+            in_flight_tokens=in_flight_tokens,
+            working_set_blocks=resolved.working_set_blocks,
+        )
 
     @cached_property
     def window_blocks(self) -> int:

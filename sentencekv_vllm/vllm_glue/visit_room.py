@@ -22,22 +22,12 @@ def visit_room(vllm_config: Any, resolved: ResolvedConfig) -> VisitRoom | None:
     request before all of it fits, and where windowed layers have KV cache groups of their own,
     which a visitor's promise does not count.
     """
-    config = resolved.config
     reserves = vllm_config.scheduler_config.scheduler_reserve_full_isl
     windowed = Windows.of(vllm_config.model_config).layers
     if not (reserves and resolved.histories_may_visit) or windowed:
         return None
     side = VisitsInProgramOrder if current_platform.is_cpu() else VisitSideStream
-    return VisitRoom(
-        block_size=resolved.block_size,
-        num_layers=resolved.num_layers,
-        halves=side.halves,
-        sink_blocks=resolved.sink_blocks,
-        recent_tokens=config.recent_window,
-        max_sentence_tokens=config.max_sentence_tokens,
-        in_flight_tokens=vllm_config.max_in_flight_tokens,
-        working_set_blocks=resolved.working_set_blocks,
-    )
+    return VisitRoom.of(resolved, side.halves, vllm_config.max_in_flight_tokens)
 
 
 def blocks_for(vllm_config: Any, resolved: ResolvedConfig, tokens: int) -> int:
